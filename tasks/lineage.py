@@ -1,0 +1,105 @@
+"""What depends on what, and what made it: dvc.yaml, dvc.lock and git, read and never written.
+
+dvc.yaml is the only list of the stages. Everything that needs to know a stage's name, its inputs, its outputs or its
+place in the graph asks here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage as dvc.yaml declares it. Paths are relative to the repository's root, as written there."""
+
+    name: str
+    cmd: str
+    deps: tuple[str, ...]
+    params: tuple[str, ...]
+    outs: tuple[str, ...]  # outs, metrics and plots alike
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_deps(self) -> tuple[str, ...]:
+        """The inputs that are data, without the code files."""
+        return tuple(dep for dep in self.deps if not dep.endswith(".py"))
+
+
+def _paths(entries: list[Any]) -> tuple[str, ...]:
+    """DVC writes an entry as a path or as {path: options}."""
+    return tuple(entry if isinstance(entry, str) else next(iter(entry)) for entry in entries)
+
+
+def load_stages(root: Path = Path()) -> dict[str, StageSpec]:
+    """The stages of dvc.yaml in an order in which they can run."""
+    declared = YAML(typ="safe").load(root / "dvc.yaml")["stages"]
+    specs = {
+        name: StageSpec(
+            name=name,
+            cmd=stage["cmd"],
+            deps=_paths(stage.get("deps", [])),
+            params=_paths(stage.get("params", [])),
+            outs=_paths([*stage.get("outs", []), *stage.get("metrics", []), *stage.get("plots", [])]),
+            meta=stage.get("meta", {}),
+        )
+        for name, stage in declared.items()
+    }
+    order = TopologicalSorter(upstream(specs)).static_order()
+    return {name: specs[name] for name in order}
+
+
+def upstream(specs: dict[str, StageSpec]) -> dict[str, set[str]]:
+    """For each stage the stages that write something it reads."""
+
+    def overlaps(dep: str, out: str) -> bool:
+        return dep == out or dep.startswith(out + "/") or out.startswith(dep + "/")
+
+    return {
+        name: {
+            other.name
+            for other in specs.values()
+            if other.name != name and any(overlaps(dep, out) for dep in spec.deps for out in other.outs)
+        }
+        for name, spec in specs.items()
+    }
+
+
+def locked_outs(stage: str, root: Path = Path()) -> dict[str, str]:
+    """{path: DVC hash} of what the stage last wrote, from dvc.lock; empty when it never ran to its end."""
+    lock = root / "dvc.lock"
+    if not lock.exists():
+        return {}
+    entry = YAML(typ="safe").load(lock).get("stages", {}).get(stage, {})
+    return {out["path"]: out["md5"] for out in entry.get("outs", [])}
+
+
+def hash_path(path: Path) -> str:
+    """DVC's own hash of a file or a folder (md5; a folder's ends in `.dir`), as it will stand in dvc.lock."""
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_objects.fs.local import LocalFileSystem
+    from dvc_objects.fs.memory import MemoryFileSystem
+
+    staging = HashFileDB(MemoryFileSystem(global_store=False), "/")
+    _, _, obj = build(staging, str(path.resolve()), LocalFileSystem(), "md5", dry_run=True)
+    assert obj.hash_info.value
+    return str(obj.hash_info.value)
+
+
+def git_state(root: Path = Path()) -> tuple[str, bool]:
+    """(commit, whether tracked files differ from it); ("none", True) outside a repository or before its first commit."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return "none", True

@@ -1,0 +1,87 @@
+"""Run the work of one stage, alone: `python -m tasks.run STAGE`.
+
+`dvc repro` and the Prefect flow call this same command; called by hand it is for a debugger. It reads params.yaml and
+dvc.yaml in the current folder, checks both, runs `tasks/STAGE.py`, and puts the outputs in their places only when the
+stage has ended well. Exit codes: 0 done, 1 a fault of the program, 2 something to mend (told in one message).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tasks.lineage import load_stages
+from tasks.params import load_params
+from tasks.stage import Stage, UserError
+from tasks.tracking import Tracker
+
+
+def main(argv: list[str] | None = None) -> int:
+    _die_with_parent()
+    try:
+        specs = load_stages()
+    except FileNotFoundError:
+        print("error: no dvc.yaml here; run from the repository's root.", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.run",
+        description="Run the work of one stage, without DVC and without Prefect. Inputs must exist already.",
+        epilog="To run what is out of date and nothing else: `dvc repro STAGE`.",
+    )
+    parser.add_argument("stage", choices=specs, metavar="STAGE", help="one of: " + ", ".join(specs))
+    args = parser.parse_args(argv)
+    spec = specs[args.stage]
+    started = time.monotonic()
+    try:
+        params = load_params(Path("params.yaml"))
+        module = importlib.import_module(f"tasks.{spec.name}")
+        with Tracker.for_stage(spec, params) as tracker:
+            stage = Stage(spec, params, tracker)
+            try:
+                module.run(stage)
+                stage.commit()
+            except BaseException:
+                stage.discard()
+                raise
+            tracker.outs({out: Path(out) for out in spec.outs})
+    except UserError as error:
+        print(f"error: stage `{spec.name}`: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0)
+        if advice is None:
+            raise
+        print(f"error: stage `{spec.name}`: {error.strerror}: {error.filename or 'the disk'}. {advice}", file=sys.stderr)
+        return 2
+    print(f"{spec.name}: done in {time.monotonic() - started:.1f} s", file=sys.stderr)
+    return 0
+
+
+_ADVICE = {
+    errno.ENOSPC: "Free some space (`dvc gc --workspace` removes old versions from the cache) and run again.",
+    errno.EDQUOT: "Your quota is used up; free some space and run again.",
+    errno.EACCES: "Give yourself write permission there (`ls -ld` shows who has it) and run again.",
+    errno.EPERM: "Give yourself write permission there (`ls -ld` shows who has it) and run again.",
+    errno.EROFS: "The file system is read-only; run in a folder that you can write to.",
+}
+
+
+def _die_with_parent() -> None:
+    """When DVC is killed, even with SIGKILL, this process gets SIGTERM and leaves no orphan behind (Linux only)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:  # the parent was gone before we asked
+            sys.exit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
