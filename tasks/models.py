@@ -1,0 +1,259 @@
+"""Models and tokenizers on disk, and a model seen as a frozen trunk with a trainable branch on top.
+
+Every model of the pipeline is a folder in the transformers layout: safetensors shards, config, tokenizer with chat
+template, and the tokenizer's fingerprint. Torch and transformers are all that is needed here.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.utils import logging as transformers_logging
+
+from tasks.stage import UserError
+
+FINGERPRINT_FILE = "tokenizer_fingerprint.txt"
+
+transformers_logging.disable_progress_bar()
+
+
+# ---- tokenizer ----
+
+
+def prepare_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Give the pair a pad token that is not the end token: with one token for both, masks cannot tell them apart."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = tokenizer.unk_token or tokenizer.bos_token
+        if spare is None or spare == tokenizer.eos_token:
+            raise UserError("The tokenizer has no token that could serve as padding (unk or bos, other than the end token).")
+        tokenizer.pad_token = spare
+    tokenizer.padding_side = "left"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of all that decides how text becomes tokens: the vocabulary and rules, special tokens, chat template."""
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True),
+        tokenizer.chat_template or "",
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, checked against the fingerprint written beside it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = (folder / FINGERPRINT_FILE).read_text().strip()
+    actual = tokenizer_fingerprint(tokenizer)
+    if actual != expected:
+        raise UserError(
+            f"{folder}: its tokenizer or chat template was changed (fingerprint {actual}, the model was saved with "
+            f"{expected}). Restore the folder with `dvc checkout {folder}`."
+        )
+    return tokenizer
+
+
+def require_same_tokenizer(*folders: Path) -> None:
+    """Models that work together must read text alike."""
+    fingerprints = {folder: (folder / FINGERPRINT_FILE).read_text().strip() for folder in folders}
+    if len(set(fingerprints.values())) > 1:
+        listed = ", ".join(f"{folder}: {fingerprint}" for folder, fingerprint in fingerprints.items())
+        raise UserError(f"These models have different tokenizers or chat templates ({listed}). Train them from one base.")
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt as one user turn, up to where the assistant begins to write."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+def encode_response(tokenizer: Any, response: str, *, ended: bool = True) -> list[int]:
+    """The response's tokens, with the end token where it ended."""
+    ids: list[int] = tokenizer(response, add_special_tokens=False).input_ids
+    return [*ids, tokenizer.eos_token_id] if ended else ids
+
+
+def decode_response(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip()
+
+
+# ---- on disk ----
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model folder. Small shards, so that layers which training left alone are the same file in DVC's cache."""
+    model.save_pretrained(folder, max_shard_size="64MB")
+    tokenizer.save_pretrained(folder)
+    (folder / FINGERPRINT_FILE).write_text(tokenizer_fingerprint(tokenizer) + "\n")
+
+
+def load_language_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+
+
+def load_scalar_model(folder: Path) -> Any:
+    """A model with one number per token as its output: a reward or a value model."""
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float32, use_safetensors=True
+    ).eval()
+
+
+# ---- trunk and branch ----
+
+
+def trunk_depth(model: Any, trainable_layers: Literal["all"] | int) -> int | None:
+    """How many of the lowest blocks stay frozen; None when everything is trained, the embedding too."""
+    if trainable_layers == "all":
+        return None
+    layers = int(model.config.num_hidden_layers)
+    if trainable_layers > layers:
+        raise UserError(f"trainable_layers is {trainable_layers}, and the model has {layers} layers.")
+    return layers - trainable_layers
+
+
+def freeze_trunk(model: Any, depth: int | None) -> None:
+    """Leave gradients only on the blocks above the trunk, the final norm and, on a scalar model, the head.
+
+    The embedding stays frozen with the trunk, and so does a language-model head, which is tied to it.
+    """
+    if depth is None:
+        return
+    model.requires_grad_(False)
+    model.model.layers[depth:].requires_grad_(True)
+    model.model.norm.requires_grad_(True)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+
+
+class Trunk(nn.Module):
+    """Embedding and lowest blocks, frozen. Token ids (B, T) -> states (B, T, H); with depth None, ids pass through."""
+
+    def __init__(self, model: Any, depth: int | None) -> None:
+        super().__init__()
+        self.depth = depth
+        self.backbone = None if depth is None else _slice_backbone(model.model, 0, depth)
+        if self.backbone is not None:
+            self.backbone.norm = nn.Identity()
+            self.backbone.requires_grad_(False)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
+        if self.backbone is None:
+            return ids
+        with torch.no_grad():
+            states: Tensor = self.backbone(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        return states
+
+
+class Branch(nn.Module):
+    """The upper blocks, the final norm and a head. Trunk states (B, T, H) or ids (B, T) -> final states (B, T, H).
+
+    The head is applied by the caller to the positions it needs: over a large vocabulary it costs as much as 8 blocks.
+    """
+
+    def __init__(self, model: Any, depth: int | None) -> None:
+        super().__init__()
+        self.depth = depth
+        self.backbone = _slice_backbone(model.model, depth or 0, None)
+        self.head: nn.Module = model.score if hasattr(model, "score") else model.lm_head
+        if depth is not None:
+            self.backbone.embed_tokens = None
+
+    def forward(self, states: Tensor, attention_mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
+        source = {"inputs_embeds": states} if states.is_floating_point() else {"input_ids": states}
+        final: Tensor = self.backbone(
+            **source,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        return final
+
+    def trainable_copy(self) -> Branch:
+        """A copy to train. With a trunk below, a vocabulary head is shared, not copied, and stays frozen."""
+        head = self.head.weight
+        shared = self.depth is not None and head.shape[0] > 1
+        clone = copy.deepcopy(self, {id(head): head} if shared else None)
+        clone.requires_grad_(True)
+        if shared:
+            head.requires_grad_(False)
+        return clone
+
+    def write_into(self, model: Any) -> None:
+        """Put this branch's weights into the model that it was copied from (or one of the same shape)."""
+        with torch.no_grad():
+            for target, source in zip(model.model.layers[self.depth or 0 :], self.backbone.layers, strict=True):
+                target.load_state_dict(source.state_dict())
+            model.model.norm.load_state_dict(self.backbone.norm.state_dict())
+            head = model.score if hasattr(model, "score") else model.lm_head
+            head.load_state_dict(self.head.state_dict())
+            if self.depth is None:
+                model.model.embed_tokens.load_state_dict(self.backbone.embed_tokens.state_dict())
+
+
+def split_model(model: Any, depth: int | None) -> tuple[Trunk, Branch]:
+    """The model as a trunk and a branch that share its weights."""
+    return Trunk(model, depth), Branch(model, depth)
+
+
+def same_trunk(one: Any, other: Any, depth: int | None) -> bool:
+    """Whether two models have bit-identical embeddings and blocks below `depth`, so that one trunk serves both."""
+    if depth is None:
+        return False
+    parts = [(one.model.embed_tokens, other.model.embed_tokens)]
+    parts += list(zip(one.model.layers[:depth], other.model.layers[:depth], strict=True))
+    return all(
+        torch.equal(a, b) for x, y in parts for a, b in zip(x.parameters(), y.parameters(), strict=True)
+    )
+
+
+def _slice_backbone(backbone: Any, start: int, stop: int | None) -> Any:
+    """The backbone with some of its blocks, sharing their weights. Transformers' own forward runs it."""
+    part = copy.copy(backbone)
+    part._modules = dict(backbone._modules)
+    part.layers = nn.ModuleList(backbone.layers[start:stop])
+    return part
+
+
+def left_padded(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, T); the mask is True on tokens that are kept."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in sequences])
+    mask = torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in sequences])
+    return ids, mask
+
+
+def causal_mask(mask: Tensor) -> Tensor:
+    """(B, T) bool -> (B, 1, T, T) bool: which positions each position may look at.
+
+    Padding looks at itself, so that no softmax is over nothing and gives NaN.
+    """
+    length = mask.shape[1]
+    square = torch.ones(length, length, dtype=torch.bool, device=mask.device)
+    return square.tril() & mask[:, None, None, :] | square.tril().triu()
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Position of each kept token among the kept ones, (B, T); padding gets 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,174 @@
+"""Generation: responses of a policy to prompts, with what training needs of them captured on the way.
+
+Whole batches at once, a cache that is written in place, sampling by the inverse of the cumulative distribution. The
+random numbers are an argument, so a response depends on its own numbers and not on its neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from tasks.models import Branch, Trunk, causal_mask, left_padded, positions_of
+
+COMPACT_BELOW = 0.7  # share of unfinished rows under which copying the cache costs less than carrying finished rows
+
+
+class Rollout(NamedTuple):
+    """B episodes: prompts left-padded to P tokens, responses right-padded to R tokens. Masks: True means keep."""
+
+    tokens: Tensor  # (B, P + R) long
+    mask: Tensor  # (B, P + R) bool
+    prompt_length: int  # P
+    logprobs: Tensor  # (B, R), of each response token under the policy at its temperature; 0 on padding
+    states: Tensor  # (B, P + R, H) trunk states, or ids (B, P + R) where there is no trunk
+    ended: Tensor  # (B,) bool, whether the response ends with the end token
+
+    @property
+    def response_mask(self) -> Tensor:
+        """(B, R)"""
+        return self.mask[:, self.prompt_length :]
+
+    @property
+    def responses(self) -> Tensor:
+        """(B, R) long"""
+        return self.tokens[:, self.prompt_length :]
+
+    def response_ids(self) -> list[list[int]]:
+        """The response tokens of each episode, without padding, with the end token where there is one."""
+        return [row[keep].tolist() for row, keep in zip(self.responses, self.response_mask, strict=True)]
+
+
+@torch.no_grad()
+def generate(
+    trunk: Trunk,
+    branch: Branch,
+    prompts: Sequence[list[int]],
+    uniforms: Tensor | None,
+    *,
+    max_new_tokens: int,
+    end_token: int,
+    pad_token: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    samples_per_prompt: int = 1,
+) -> Rollout:
+    """Sample `samples_per_prompt` responses to each prompt; rows of one prompt are neighbours in the result.
+
+    uniforms: (B, max_new_tokens) numbers in [0, 1), B = prompts x samples; None for greedy decoding.
+    """
+    ids, prompt_mask = left_padded(list(prompts), pad_token)
+    copies = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)  # the prompt of each row
+    batch, width = len(copies), ids.shape[1]
+    total = width + max_new_tokens
+    cache = Cache(layers=[PreallocatedLayer(total) for _ in range((branch.depth or 0) + len(branch.backbone.layers))])
+
+    # The prompt goes through once, however many samples it gets.
+    attention, positions = causal_mask(prompt_mask), positions_of(prompt_mask)
+    prompt_states = trunk(ids, attention, positions, cache)
+    final = branch(prompt_states, attention, positions, cache)[:, -1][copies]
+    if samples_per_prompt > 1:
+        cache.batch_select_indices(copies)
+
+    tokens = torch.full((batch, total), pad_token)
+    tokens[:, :width] = ids[copies]
+    mask = torch.zeros(batch, total, dtype=torch.bool)
+    mask[:, :width] = prompt_mask[copies]
+    logprobs = torch.zeros(batch, max_new_tokens)
+    states = prompt_states.new_zeros(batch, total, *prompt_states.shape[2:])
+    states[:, :width] = prompt_states[copies]
+    ended = torch.zeros(batch, dtype=torch.bool)
+
+    rows = torch.arange(batch)  # the rows that the cache and `final` hold
+    alive = torch.ones(batch, dtype=torch.bool)  # which of them are still being written
+    for step in range(max_new_tokens):
+        here = width + step
+        draws = None if uniforms is None else uniforms[rows, step]
+        chosen, logprob = sample_tokens(branch.head(final), draws, temperature, top_p)
+        chosen = torch.where(alive, chosen, pad_token)
+        tokens[rows, here] = chosen
+        mask[rows, here] = alive
+        logprobs[rows, step] = torch.where(alive, logprob, 0.0)
+        ended[rows] |= alive & (chosen == end_token)
+        alive = alive & (chosen != end_token)
+
+        attention = mask[rows, None, None, : here + 1]
+        positions = mask[rows, : here + 1].sum(-1, keepdim=True) - 1
+        state = trunk(chosen[:, None], attention, positions, cache)
+        states[rows, here] = state[:, 0]
+        if not alive.any() or here + 1 == total:
+            break
+        final = branch(state, attention, positions, cache)[:, 0]
+        if alive.float().mean() < COMPACT_BELOW:
+            kept = alive.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, alive, final = rows[kept], alive[kept], final[kept]
+
+    longest = int(mask[:, width:].sum(-1).max())
+    cut = width + longest
+    return Rollout(tokens[:, :cut], mask[:, :cut], width, logprobs[:, :longest], states[:, :cut], ended)
+
+
+def sample_tokens(logits: Tensor, draws: Tensor | None, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """One token a row: logits (B, V), draws (B,) in [0, 1) or None for greedy -> (tokens (B,), logprobs (B,)).
+
+    The log-probability is the policy's own, at the temperature, before top-p leaves anything out.
+    """
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    if draws is None:
+        tokens = logits.argmax(-1)
+    else:
+        kept = probabilities if top_p >= 1 else _nucleus(probabilities, top_p)
+        cumulative = kept.cumsum(-1)
+        # right=True: a token of probability 0 is never chosen
+        threshold = draws[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0].log()
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest most likely tokens whose probabilities add up to top_p (Holtzman et al. 2020)."""
+    ordered, order = probabilities.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    return torch.zeros_like(probabilities).scatter(-1, order, ordered * (before < top_p))
+
+
+def uniforms_for(seed: int, names: Iterable[str], length: int) -> Tensor:
+    """(len(names), length) random numbers in [0, 1); a row depends on the seed and its own name alone."""
+    rows = []
+    for name in names:
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        rows.append(torch.rand(length, generator=generator))
+    return torch.stack(rows)
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one block, written in place; transformers' own layer copies the whole cache at every token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, T, D) and return all that is held so far."""
+        if self.length == 0:
+            batch, heads, _, width = key_states.shape
+            self.keys = key_states.new_zeros(batch, heads, self.capacity, width)
+            self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = self.keys[indices], self.values[indices]
