@@ -28,8 +28,8 @@ class StageSpec:
 
     @property
     def data_deps(self) -> tuple[str, ...]:
-        """The inputs that are data, without the code files."""
-        return tuple(dep for dep in self.deps if not dep.endswith(".py"))
+        """The inputs that are data, without the code files and folders."""
+        return tuple(dep for dep in self.deps if not dep.endswith(".py") and not dep.startswith("tasks/"))
 
 
 def _paths(entries: list[Any]) -> tuple[str, ...]:
