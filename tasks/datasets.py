@@ -5,9 +5,10 @@ One line is one row. A row that is torn or has the wrong fields is an error that
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,6 +87,13 @@ def prompt_id(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
+def stable_share(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts alone, evenly spread: to split, order and assign rows by, so that a
+    row's place does not depend on which other rows there are."""
+    digest = hashlib.sha256("|".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
 def read_rows(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
     """All rows of a JSON Lines file; UserError names file, line and field of the first that is wrong."""
     rows = []
@@ -96,7 +104,9 @@ def read_rows(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"]) or "the line"
-        raise UserError(f"{path}, line {number}: {field}: {problem['msg']}. The file is damaged or not what this stage reads.") from None
+        raise UserError(
+            f"{path}, line {number}: {field}: {problem['msg']}. The file is damaged or not what this stage reads."
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except FileNotFoundError:
@@ -118,3 +128,12 @@ def write_json(path: Path, content: object) -> None:
     """Write one JSON document, readable and the same bytes for the same content; the parent folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a table for `dvc plots`; the columns are those of the first row; the parent folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

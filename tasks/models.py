@@ -190,14 +190,19 @@ class Branch(nn.Module):
         ).last_hidden_state
         return final
 
-    def trainable_copy(self) -> Branch:
-        """A copy to train. With a trunk below, a vocabulary head is shared, not copied, and stays frozen."""
+    def trainable_copy(self, trainable_layers: Literal["all"] | int) -> Branch:
+        """A copy of which the top blocks, the final norm and a scalar head are trained, or everything.
+
+        A vocabulary head is tied to the embedding: where that is frozen, it is shared and not copied.
+        """
         head = self.head.weight
-        shared = self.depth is not None and head.shape[0] > 1
+        shared = trainable_layers != "all" and head.shape[0] > 1
         clone = copy.deepcopy(self, {id(head): head} if shared else None)
-        clone.requires_grad_(True)
-        if shared:
-            head.requires_grad_(False)
+        clone.requires_grad_(trainable_layers == "all")
+        if trainable_layers != "all":
+            clone.backbone.layers[-trainable_layers:].requires_grad_(True)
+            clone.backbone.norm.requires_grad_(True)
+            clone.head.requires_grad_(not shared)
         return clone
 
     def write_into(self, model: Any) -> None:
@@ -217,15 +222,21 @@ def split_model(model: Any, depth: int | None) -> tuple[Trunk, Branch]:
     return Trunk(model, depth), Branch(model, depth)
 
 
-def same_trunk(one: Any, other: Any, depth: int | None) -> bool:
-    """Whether two models have bit-identical embeddings and blocks below `depth`, so that one trunk serves both."""
-    if depth is None:
-        return False
-    parts = [(one.model.embed_tokens, other.model.embed_tokens)]
-    parts += list(zip(one.model.layers[:depth], other.model.layers[:depth], strict=True))
-    return all(
-        torch.equal(a, b) for x, y in parts for a, b in zip(x.parameters(), y.parameters(), strict=True)
-    )
+def shared_depth(one: Any, other: Any, at_most: int | None) -> int | None:
+    """How many of the lowest blocks are bit-identical in two models, so that one trunk serves both, up to a limit.
+
+    None where even the embeddings differ, or where the limit is None.
+    """
+
+    def same(a: nn.Module, b: nn.Module) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+    if at_most is None or not same(one.model.embed_tokens, other.model.embed_tokens):
+        return None
+    for depth in range(at_most):
+        if not same(one.model.layers[depth], other.model.layers[depth]):
+            return depth
+    return at_most
 
 
 def _slice_backbone(backbone: Any, start: int, stop: int | None) -> Any:
@@ -257,3 +268,54 @@ def causal_mask(mask: Tensor) -> Tensor:
 def positions_of(mask: Tensor) -> Tensor:
     """Position of each kept token among the kept ones, (B, T); padding gets 0."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+# ---- scalar models ----
+
+
+def score_last(branch: Branch, states: Tensor, mask: Tensor) -> Tensor:
+    """A scalar model's output at the last position: left-padded trunk states (B, T, H), mask (B, T) -> (B,)."""
+    final = branch(states, causal_mask(mask), positions_of(mask))
+    return branch.head(final[:, -1])[:, 0]  # type: ignore[no-any-return]
+
+
+def trunk_states(trunk: Trunk, sequences: list[list[int]], pad: int, batch_size: int, bar: Any = None) -> list[Tensor]:
+    """The trunk's states (T, H) of each sequence. Batched by length, so that little padding is computed."""
+    states: list[Tensor] = [torch.empty(0)] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = left_padded([sequences[index] for index in chosen], pad)
+        batch = trunk(ids, causal_mask(mask), positions_of(mask))
+        for index, row in zip(chosen, batch, strict=True):
+            states[index] = row[-len(sequences[index]) :].clone()
+        if bar is not None:
+            bar.update(len(chosen))
+    return states
+
+
+def pad_states(states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """States (T, H), or ids (T,), of several sequences -> left-padded (B, T, H) and mask (B, T)."""
+    longest = max(map(len, states))
+    padded = states[0].new_zeros(len(states), longest, *states[0].shape[1:])
+    mask = torch.zeros(len(states), longest, dtype=torch.bool)
+    for row, sequence in enumerate(states):
+        padded[row, longest - len(sequence) :] = sequence
+        mask[row, longest - len(sequence) :] = True
+    return padded, mask
+
+
+@torch.no_grad()
+def score_sequences(model: Any, sequences: list[list[int]], pad: int, batch_size: int, bar: Any = None) -> Tensor:
+    """A reward model's centred scores (B,) of token sequences (prompt, response, end token)."""
+    trunk, branch = split_model(model, 0)
+    scores = torch.empty(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, mask = left_padded([sequences[index] for index in chosen], pad)
+        states = trunk(ids, causal_mask(mask), positions_of(mask))
+        scores[chosen] = score_last(branch, states, mask)
+        if bar is not None:
+            bar.update(len(chosen))
+    return scores - model.config.score_bias

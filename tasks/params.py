@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -41,7 +50,7 @@ class Base(Section):
 
 
 class Tickets(Section):
-    count: PositiveInt
+    count: PositiveInt  # distinct prompts to generate
 
 
 class Splits(Section):
@@ -62,6 +71,31 @@ class Splits(Section):
 
 class Prepare(Section):
     splits: Splits
+
+
+Flaw = Literal[
+    "no_name",
+    "no_order",
+    "no_item",
+    "no_apology",
+    "two_apologies",
+    "other_remedy",
+    "no_deadline",
+    "wrong_deadline",
+    "no_signature",
+    "padding",
+    "empty_promise",
+]
+
+
+class Labeler(Section):
+    """A simulated person who demonstrates and ranks: tasks/labels/simulated.py says how each number acts."""
+
+    id: Annotated[str, Field(min_length=1)]
+    skill: Share  # the share of demonstrations written with care, that is without flaws
+    temperature: NonNegative  # of the Bradley-Terry noise in rankings, in units of utility (0 to 1); 0 is no noise
+    just_noticeable: NonNegative  # utilities nearer than this look the same: a tie
+    habits: dict[Flaw, NonNegative]  # how many times more often than usual a flaw slips in; 1 where not named
 
 
 class Demonstrate(Section):
@@ -92,6 +126,10 @@ class Sample(Section):
     batch_size: PositiveInt
 
 
+class Rank(Section):
+    held_out_share: Annotated[float, Field(ge=0, lt=1)]  # of the prompts, kept out of reward training
+
+
 class Reward(Section):
     trainable_layers: TrainableLayers
     epochs: PositiveInt
@@ -99,6 +137,7 @@ class Reward(Section):
     learning_rate: PositiveFloat
     warmup_share: Share
     weight_decay: NonNegative
+    centre_on: PositiveInt  # demonstrations whose mean score becomes 0
 
 
 class Ppo(Section):
@@ -106,7 +145,8 @@ class Ppo(Section):
     updates: PositiveInt
     batch_size: PositiveInt  # episodes an update
     samples_per_prompt: PositiveInt
-    minibatch_size: PositiveInt
+    minibatch_size: PositiveInt  # episodes an optimizer step
+    micro_batch_size: PositiveInt  # episodes a forward pass; memory, not results, depends on it
     epochs: PositiveInt
     learning_rate: PositiveFloat
     value_learning_rate: PositiveFloat
@@ -137,13 +177,22 @@ class Params(Section):
     base: Base
     tickets: Tickets
     prepare: Prepare
+    labelers: Annotated[list[Labeler], Field(min_length=1)]
     demonstrate: Demonstrate
     sft: Sft
     sample: Sample
+    rank: Rank
     reward: Reward
     ppo: Ppo
     evaluate: Evaluate
     register_: Register = Field(alias="register")
+
+    @field_validator("labelers")
+    @classmethod
+    def _distinct(cls, labelers: list[Labeler]) -> list[Labeler]:
+        if len({labeler.id for labeler in labelers}) < len(labelers):
+            raise ValueError("two labelers have the same id")
+        return labelers
 
 
 def load_params(path: Path) -> Params:
@@ -181,8 +230,12 @@ def _keys_of(section: list[str]) -> list[str]:
     """The keys that the schema knows at a place."""
     model: Any = Params
     for part in section:
-        fields = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}
-        model = fields.get(part)
+        if part.isdigit():  # a place in a list: what the list holds
+            model = next(iter(get_args(model)), None)
+        else:
+            model = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}.get(part)
+        if get_origin(model) is list:
+            continue
         if not hasattr(model, "model_fields"):
             return []
     return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,46 @@
+"""From scores to advantages: pure functions of tensors. B episodes, R response tokens; masks: True means keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """Index (B,) of the last kept token of each row; mask (B, R), right-padded, at least one token a row."""
+    return mask.sum(-1) - 1
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards (B, R): at each token -kl_coef * (log pi - log pi_ref), at the last one the score is added.
+
+    InstructGPT, equation 2, without the pretraining term; per token as in Ziegler et al. 2019, section 2. The estimator
+    log pi - log pi_ref is k1 of Schulman, "Approximating KL divergence" (2020).
+    """
+    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rewards[torch.arange(len(scores)), last_token(mask)] += scores
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), each (B, R), 0 on padding. Schulman et al. 2016, equations 11, 12 and 16.
+
+    delta_t = r_t + gamma * V(s_t+1) - V(s_t);  A_t = delta_t + gamma * lambda * A_t+1;  return_t = A_t + V(s_t).
+    After the last token the episode is over: value and advantage beyond it are 0.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    next_advantage = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(next_advantage)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values) * mask
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the kept entries, 0 on padding. (Ziegler et al. 2019, lm-human-preferences.)"""
+    kept = values[mask]
+    return (values - kept.mean()) / (kept.var(correction=0) + 1e-8).sqrt() * mask

@@ -1,0 +1,232 @@
+"""The PPO trainer: sample, score, work out advantages, update. Models and the reward function are handed in.
+
+    trainer = PPOTrainer(trunk, policy, reference, value_model, reward_fn, prompts, params, ...)
+    for metrics in trainer:
+        ...
+
+The policy, its reference and the value model are branches on one frozen trunk, whose states are computed once, while the
+responses are generated. With a trunk of depth None the branches are whole models. (InstructGPT, section 3.5; Schulman et
+al. 2017.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tasks.models import Branch, Trunk, causal_mask, positions_of
+from tasks.ppo.advantages import gae, token_rewards, whiten
+from tasks.ppo.loss import policy_loss, value_loss
+from tasks.ppo.rollout import Rollout, generate, uniforms_for
+
+if TYPE_CHECKING:
+    from tasks.params import Ppo
+
+RewardFunction = Callable[[Rollout], Tensor]
+
+
+class Batch(NamedTuple):
+    """The episodes of one update with what the losses need of them, B episodes, R response tokens."""
+
+    rollout: Rollout
+    scores: Tensor  # (B,)
+    ref_logprobs: Tensor  # (B, R)
+    values: Tensor  # (B, R) before the update
+    advantages: Tensor  # (B, R) whitened
+    returns: Tensor  # (B, R)
+
+
+class PPOTrainer:
+    def __init__(
+        self,
+        trunk: Trunk,
+        policy: Branch,
+        reference: Branch,
+        value_model: Branch,
+        reward_fn: RewardFunction,
+        prompts: list[list[int]],
+        params: Ppo,
+        *,
+        seed: int,
+        max_new_tokens: int,
+        end_token: int,
+        pad_token: int,
+        value_bias: float = 0.0,
+    ) -> None:
+        """reward_fn: Rollout -> scores (B,). prompts: tokens. value_bias is subtracted from the value model's output."""
+        self.trunk, self.policy, self.reference, self.value_model = trunk, policy, reference, value_model
+        self.reward_fn, self.prompts, self.params, self.seed = reward_fn, prompts, params, seed
+        self.max_new_tokens, self.end_token, self.pad_token = max_new_tokens, end_token, pad_token
+        self.value_bias = value_bias
+        self.policy_optimizer = _adam(policy, params.learning_rate)
+        self.value_optimizer = _adam(value_model, params.value_learning_rate)
+        self.order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.last_rollout: Rollout | None = None
+        self.seconds: dict[str, float] = {}
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        """Train; yields the metrics of each update."""
+        for update in range(self.params.updates):
+            yield self.step(update)
+
+    def step(self, update: int) -> dict[str, float]:
+        self.seconds = defaultdict(float)
+        with self._timed("generate"):
+            rollout = self.last_rollout = self.sample(update)
+        with self._timed("score"):
+            batch = self.judge(rollout)
+        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + update)
+        losses = []
+        with self._timed("train"):
+            for _ in range(self.params.epochs):
+                for rows in torch.randperm(len(batch.scores), generator=shuffle).split(self.params.minibatch_size):
+                    losses.append(self.train_minibatch(batch, rows))
+        return {**describe(batch), **mean_of(losses)}
+
+    def sample(self, update: int) -> Rollout:
+        """Responses to this update's prompts. Prompts come in shuffled order, each before any comes again."""
+        count = self.params.batch_size // self.params.samples_per_prompt
+        chosen = [self.order[place % len(self.order)] for place in range(update * count, (update + 1) * count)]
+        names = [f"ppo {update} {row}" for row in range(self.params.batch_size)]
+        return generate(
+            self.trunk,
+            self.policy,
+            [self.prompts[index] for index in chosen],
+            uniforms_for(self.seed, names, self.max_new_tokens),
+            max_new_tokens=self.max_new_tokens,
+            end_token=self.end_token,
+            pad_token=self.pad_token,
+            temperature=self.params.temperature,
+            samples_per_prompt=self.params.samples_per_prompt,
+        )
+
+    @torch.no_grad()
+    def judge(self, rollout: Rollout) -> Batch:
+        """Scores, KL penalty, values and advantages of the episodes."""
+        params, mask = self.params, rollout.response_mask
+        scores = self.reward_fn(rollout)
+        # A response that does not end gets a fixed low score instead (Stiennon et al.; N+ implementation details).
+        scores = torch.where(rollout.ended, scores, params.missing_end_score)
+        parts = torch.arange(len(scores)).split(params.micro_batch_size)
+        ref_logprobs = torch.cat([self.logprobs(self.reference, rollout, rows) for rows in parts])
+        values = torch.cat([self.values(rollout, rows) for rows in parts])
+        rewards = token_rewards(scores, rollout.logprobs, ref_logprobs, mask, params.kl_coef)
+        advantages, returns = gae(rewards, values, mask, params.gamma, params.gae_lambda)
+        return Batch(rollout, scores, ref_logprobs, values, whiten(advantages, mask), returns)
+
+    def train_minibatch(self, batch: Batch, rows: Tensor) -> dict[str, float]:
+        """One step of each optimizer. Gradients add up over micro-batches, divided by the minibatch's token count."""
+        params, rollout = self.params, batch.rollout
+        count = float(rollout.response_mask[rows].sum())
+        totals: dict[str, float] = defaultdict(float)
+        for part in rows.split(params.micro_batch_size):
+            mask = rollout.response_mask[part]
+            policy = policy_loss(
+                self.logprobs(self.policy, rollout, part),
+                rollout.logprobs[part],
+                batch.advantages[part],
+                mask,
+                params.clip_range,
+                count,
+            )
+            policy.loss.backward()
+            value = value_loss(
+                self.values(rollout, part),
+                batch.values[part],
+                batch.returns[part],
+                mask,
+                params.value_clip_range,
+                count,
+            )
+            value.backward()
+            for name, figure in {**policy._asdict(), "value_loss": value}.items():
+                totals["policy_loss" if name == "loss" else name] += figure.item()
+        totals["policy_grad_norm"] = _clip_and_step(self.policy, self.policy_optimizer, params.max_grad_norm)
+        totals["value_grad_norm"] = _clip_and_step(self.value_model, self.value_optimizer, params.max_grad_norm)
+        return dict(totals)
+
+    def logprobs(self, branch: Branch, rollout: Rollout, rows: Tensor) -> Tensor:
+        """Log-probabilities (b, R) of the response tokens at the sampling temperature; 0 on padding.
+
+        The head, dear over a large vocabulary, sees the kept response positions alone.
+        """
+        keep = rollout.response_mask[rows]
+        final = final_states(branch, rollout, rows)[keep]  # (N, H)
+        logits = branch.head(final) / self.params.temperature
+        chosen = -torch.nn.functional.cross_entropy(logits, rollout.responses[rows][keep], reduction="none")
+        return torch.zeros(keep.shape).masked_scatter(keep, chosen)
+
+    def values(self, rollout: Rollout, rows: Tensor) -> Tensor:
+        """Values (b, R) of the states before each response token; 0 on padding."""
+        output = self.value_model.head(final_states(self.value_model, rollout, rows))[..., 0] - self.value_bias
+        return output * rollout.response_mask[rows]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - started
+
+
+def final_states(branch: Branch, rollout: Rollout, rows: Tensor) -> Tensor:
+    """Final states (b, R, H) from which each response token is predicted: one position before it."""
+    mask = rollout.mask[rows]
+    final = branch(rollout.states[rows], causal_mask(mask), positions_of(mask))
+    return final[:, rollout.prompt_length - 1 : -1]
+
+
+def reward_model_fn(branch: Branch, score_bias: float, micro_batch_size: int) -> RewardFunction:
+    """A reward model on the shared trunk as a reward function: its output at the last token, centred."""
+
+    @torch.no_grad()
+    def score(rollout: Rollout) -> Tensor:
+        scores = []
+        for rows in torch.arange(len(rollout.tokens)).split(micro_batch_size):
+            mask = rollout.mask[rows]
+            final = branch(rollout.states[rows], causal_mask(mask), positions_of(mask))
+            last = rollout.prompt_length + rollout.response_mask[rows].sum(-1) - 1
+            scores.append(branch.head(final[torch.arange(len(rows)), last])[:, 0])
+        return torch.cat(scores) - score_bias
+
+    return score
+
+
+def describe(batch: Batch) -> dict[str, float]:
+    """What an update's episodes were like, before the policy learned from them."""
+    rollout, mask = batch.rollout, batch.rollout.response_mask
+    difference = (rollout.logprobs - batch.ref_logprobs) * mask
+    errors = (batch.returns - batch.values)[mask]
+    return {
+        "score": batch.scores.mean().item(),
+        "score_std": batch.scores.std().item(),
+        "kl": difference.sum(-1).mean().item(),
+        # of samples at the policy's temperature, -log pi is an unbiased estimate of the entropy
+        "entropy": -rollout.logprobs[mask].mean().item(),
+        "value_explained_variance": 1 - (errors.var() / batch.returns[mask].var()).item(),
+        "ended_share": rollout.ended.float().mean().item(),
+        "response_length": mask.sum(-1).float().mean().item(),
+    }
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _adam(branch: Branch, learning_rate: float) -> torch.optim.Optimizer:
+    trained = [weight for weight in branch.parameters() if weight.requires_grad]
+    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+
+def _clip_and_step(branch: Branch, optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Scale the gradient down to max_norm where it is longer, step, clear. Returns the norm before."""
+    trained = [weight for weight in branch.parameters() if weight.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)

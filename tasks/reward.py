@@ -1,0 +1,203 @@
+"""Stage `reward`: train the reward model on the rankings (InstructGPT, step 2, section 3.5).
+
+`python -m tasks.run reward`. The model starts from the SFT model with a new scalar head. All pairs of a prompt are one
+batch element and each response goes through the model once. TRL's RewardTrainer is not used here: it forwards a response
+once for every pair that it stands in, K - 1 times, and through all blocks at every step; here the frozen trunk's states
+are computed once and serve every epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tasks.datasets import Demonstration, Ranking, read_rows, write_csv, write_json
+from tasks.models import (
+    encode_prompt,
+    encode_response,
+    load_scalar_model,
+    load_tokenizer,
+    pad_states,
+    save_model,
+    score_last,
+    score_sequences,
+    split_model,
+    trunk_depth,
+    trunk_states,
+)
+from tasks.stage import Stage, UserError
+
+if TYPE_CHECKING:
+    from tasks.params import Reward
+
+
+def run(stage: Stage) -> None:
+    params = stage.params.reward
+    folder = stage.dep("data/models/sft")
+    rankings = read_rows(stage.dep("data/collected/rankings") / "rankings.jsonl", Ranking)
+    demonstrations = read_rows(stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration)
+    ceiling = json.loads(stage.dep("data/reports/rank/metrics.json").read_text())["rank"]["noise_ceiling"]
+    training = [row for row in rankings if not row.held_out and has_order(row)]
+    held_out = [row for row in rankings if row.held_out and has_order(row)]
+    if not training or not held_out:
+        raise UserError(
+            f"{len(training)} rankings to train on and {len(held_out)} held out have an order; both need at least one. "
+            "Change `sample.prompts` or `rank.held_out_share` in params.yaml."
+        )
+    tokenizer = load_tokenizer(folder)
+    model = load_scalar_model(folder)
+    init_head(model, stage.params.seed)
+
+    history = train(model, tokenizer, training, params, stage.params.seed, stage.tracker)
+
+    pad = tokenizer.pad_token_id
+    centre_on = [
+        encode_prompt(tokenizer, row.prompt) + encode_response(tokenizer, row.response)
+        for row in demonstrations[: params.centre_on]
+    ]
+    model.config.score_bias = 0.0
+    with tqdm(total=len(centre_on), desc="reward: centring", unit="reply") as bar:
+        model.config.score_bias = score_sequences(model, centre_on, pad, 32, bar).mean().item()
+    figures = {
+        **measure(model, tokenizer, held_out, stage.params.seed),
+        "noise_ceiling": ceiling,
+        "train_accuracy": sum(row["accuracy"] for row in history[-len(history) // params.epochs :])
+        / len(history[-len(history) // params.epochs :]),
+        "score_bias": model.config.score_bias,
+        "train_prompts": len(training),
+        "all_tied_prompts": sum(not has_order(row) for row in rankings),
+        "tied_pairs": sum(map(tied_pairs, rankings)),
+    }
+    save_model(model, tokenizer, stage.out("data/models/reward"))
+    write_csv(stage.out("data/reports/reward/history.csv"), history)
+    stage.tracker.metrics({f"reward/{name}": value for name, value in figures.items()})
+    write_json(stage.out("data/reports/reward/metrics.json"), {"reward": figures})
+
+
+def kwise_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    """InstructGPT, equation 1, for one prompt: mean over its pairs of -log sigmoid(score of better - score of worse).
+
+    scores (K,), ranks (K,) where 1 is best. Pairs that are tied say nothing about an order and are left out of the mean.
+    """
+    better, worse = ordered_pairs(ranks)
+    return -F.logsigmoid(scores[better] - scores[worse]).mean()
+
+
+def ordered_pairs(ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (N,) of the better and of the worse response of each pair that is not tied."""
+    pairs = (ranks[:, None] < ranks[None, :]).nonzero()
+    return pairs[:, 0], pairs[:, 1]
+
+
+def pair_accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
+    """For each pair that is not tied: 1 where the scores agree, 0 where not, 1/2 where they are equal. (N,)"""
+    better, worse = ordered_pairs(ranks)
+    return (scores[better] > scores[worse]).float() + 0.5 * (scores[better] == scores[worse]).float()
+
+
+def has_order(row: Ranking) -> bool:
+    return len(set(row.ranks)) > 1
+
+
+def tied_pairs(row: Ranking) -> int:
+    return sum(math.comb(row.ranks.count(rank), 2) for rank in set(row.ranks))
+
+
+def init_head(model: Any, seed: int) -> None:
+    """Weights from N(0, 1 / (d + 1)), d the width of the final states (Stiennon et al. 2020, appendix C)."""
+    weight = model.score.weight
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
+
+
+def encode_ranking(tokenizer: Any, row: Ranking) -> list[list[int]]:
+    """Prompt and response as tokens, for each response."""
+    prompt = encode_prompt(tokenizer, row.prompt)
+    return [
+        prompt + encode_response(tokenizer, response, ended=ended)
+        for response, ended in zip(row.responses, row.ended, strict=True)
+    ]
+
+
+def train(
+    model: Any, tokenizer: Any, rankings: list[Ranking], params: Reward, seed: int, tracker: Any
+) -> list[dict[str, float]]:
+    """Train in place. The curve: step, loss and accuracy of the batch before its step."""
+    depth = trunk_depth(model, params.trainable_layers)
+    trunk, branch = split_model(model, depth)
+    pad = tokenizer.pad_token_id
+    sequences = [encode_ranking(tokenizer, row) for row in rankings]
+    flat = [sequence for group in sequences for sequence in group]
+    with tqdm(total=len(flat), desc="reward: trunk", unit="response") as bar:
+        flat_states = iter(trunk_states(trunk, flat, pad, 32, bar))
+    states = [[next(flat_states) for _ in group] for group in sequences]
+    ranks = [torch.tensor(row.ranks) for row in rankings]
+
+    branch.requires_grad_(True)
+    steps = params.epochs * math.ceil(len(rankings) / params.batch_prompts)
+    optimizer = torch.optim.AdamW(
+        branch.parameters(), lr=params.learning_rate, betas=(0.9, 0.95), weight_decay=params.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, steps, round(steps * params.warmup_share))
+    )
+    shuffle = torch.Generator().manual_seed(seed)
+    history: list[dict[str, float]] = []
+    with tqdm(total=steps, desc="reward", unit="step") as bar:
+        for _ in range(params.epochs):
+            order = torch.randperm(len(rankings), generator=shuffle).tolist()
+            for start in range(0, len(order), params.batch_prompts):
+                chosen = order[start : start + params.batch_prompts]
+                padded, mask = pad_states([state for index in chosen for state in states[index]])
+                scores = score_last(branch, padded, mask).split([len(states[index]) for index in chosen])
+                loss = torch.stack(
+                    [kwise_loss(group, ranks[index]) for group, index in zip(scores, chosen, strict=True)]
+                ).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                right = torch.cat([pair_accuracy(s, ranks[i]) for s, i in zip(scores, chosen, strict=True)]).mean()
+                history.append({"step": len(history) + 1, "loss": loss.item(), "accuracy": right.item()})
+                tracker.metrics({"reward/loss": loss.item(), "reward/batch_accuracy": right.item()}, len(history))
+                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{right.item():.2f}")
+                bar.update()
+    model.requires_grad_(False)
+    return history
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """The share of the peak learning rate at a step: up in a line, then down in half a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def measure(model: Any, tokenizer: Any, rankings: list[Ranking], seed: int) -> dict[str, float]:
+    """Loss and pair accuracy on rankings, the accuracy with a 95 % bootstrap interval over prompts."""
+    sequences = [encode_ranking(tokenizer, row) for row in rankings]
+    flat = [sequence for group in sequences for sequence in group]
+    with tqdm(total=len(flat), desc="reward: held out", unit="response") as bar:
+        scores = score_sequences(model, flat, tokenizer.pad_token_id, 32, bar).split(list(map(len, sequences)))
+    ranks = [torch.tensor(row.ranks) for row in rankings]
+    right = [pair_accuracy(group, rank) for group, rank in zip(scores, ranks, strict=True)]
+    sums, counts = torch.stack([row.sum() for row in right]), torch.tensor([len(row) for row in right])
+    picks = torch.randint(len(rankings), (2000, len(rankings)), generator=torch.Generator().manual_seed(seed))
+    resampled = sums[picks].sum(1) / counts[picks].sum(1)
+    losses = [kwise_loss(group, rank).item() for group, rank in zip(scores, ranks, strict=True)]
+    return {
+        "accuracy": (sums.sum() / counts.sum()).item(),
+        "accuracy_low": resampled.quantile(0.025).item(),
+        "accuracy_high": resampled.quantile(0.975).item(),
+        "loss": sum(losses) / len(losses),
+        "held_out_prompts": len(rankings),
+        "held_out_pairs": int(counts.sum()),
+    }

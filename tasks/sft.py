@@ -1,0 +1,194 @@
+"""Stage `sft`: fine-tune the base model on the demonstrations (InstructGPT, step 1).
+
+`python -m tasks.run sft`. TRL's SFTTrainer does the training; the loss is on the response alone, the end token included.
+The epoch with the lowest validation loss is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from tasks.datasets import Demonstration, read_rows, write_csv, write_json
+from tasks.models import (
+    encode_prompt,
+    encode_response,
+    freeze_trunk,
+    load_language_model,
+    load_tokenizer,
+    save_model,
+    trunk_depth,
+)
+from tasks.stage import Stage, UserError
+
+if TYPE_CHECKING:
+    from tasks.params import Sft
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run(stage: Stage) -> None:
+    params = stage.params.sft
+    base = stage.dep("data/models/base")
+    demonstrations = read_rows(
+        stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration
+    )
+    tokenizer = load_tokenizer(base)
+    training, validation = split_for_validation(demonstrations, params.validation_share, stage.params.seed)
+    model = load_language_model(base)
+    if params.lora is None:
+        freeze_trunk(model, trunk_depth(model, params.trainable_layers))
+
+    model, history = train(model, tokenizer, training, validation, params, stage.params.seed, stage.tracker)
+
+    save_model(model, tokenizer, stage.out("data/models/sft"))
+    write_csv(stage.out("data/reports/sft/history.csv"), history)
+    best = min(row["validation_loss"] for row in history if row["validation_loss"] is not None)
+    report = {
+        "validation_loss": best,
+        "train_loss": [row["loss"] for row in history if row["loss"] is not None][-1],
+        "train_demonstrations": len(training),
+        "validation_demonstrations": len(validation),
+    }
+    write_json(stage.out("data/reports/sft/metrics.json"), {"sft": report})
+
+
+def split_for_validation(
+    demonstrations: list[Demonstration], share: float, seed: int
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """(training, validation) by a hash of the prompt's id, so that new demonstrations move no old one."""
+
+    def place(row: Demonstration) -> float:
+        return int(hashlib.sha256(f"sft validation {seed} {row.id}".encode()).hexdigest()[:12], 16) / 16**12
+
+    validation = [row for row in demonstrations if place(row) < share]
+    training = [row for row in demonstrations if place(row) >= share]
+    if not validation or not training:
+        raise UserError(
+            f"sft.validation_share {share} of {len(demonstrations)} demonstrations leaves {len(training)} to train on and "
+            f"{len(validation)} to validate on; both need at least one."
+        )
+    return training, validation
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    training: list[Demonstration],
+    validation: list[Demonstration],
+    params: Sft,
+    seed: int,
+    tracker: Any,
+) -> tuple[Any, list[dict[str, float | None]]]:
+    """The model with the best epoch's weights, and the loss curve: rows of step, epoch, loss, validation_loss."""
+    from peft import LoraConfig
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    steps = math.ceil(len(training) / params.batch_size) * params.epochs
+    config = SFTConfig(
+        output_dir="/dev/null",  # nothing is saved by the trainer: its checkpoints hold pickles
+        save_strategy="no",
+        report_to="none",
+        eval_strategy="epoch",
+        logging_steps=max(1, steps // 50),
+        disable_tqdm=True,
+        num_train_epochs=params.epochs,
+        per_device_train_batch_size=params.batch_size,
+        per_device_eval_batch_size=params.batch_size,
+        learning_rate=params.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(steps * params.warmup_share),
+        weight_decay=params.weight_decay,
+        completion_only_loss=True,
+        max_length=None,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=not _has_gpu(),
+        gradient_checkpointing=False,
+        bf16=False,
+        dataloader_pin_memory=False,
+    )
+    record = _record_callback(tracker)
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=_dataset(training, tokenizer),
+        eval_dataset=_dataset(validation, tokenizer),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=params.lora.rank, lora_alpha=params.lora.alpha, target_modules="all-linear")
+        if params.lora
+        else None,
+        callbacks=[record],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    record.restore_best(trainer.model)
+    trained = trainer.model.merge_and_unload() if params.lora else trainer.model
+    return trained.requires_grad_(False).eval(), record.history
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _dataset(rows: list[Demonstration], tokenizer: Any) -> Any:
+    """Tokenized here, not by TRL, so that every stage reads a prompt and a response in one way."""
+    from datasets import Dataset
+
+    prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
+    responses = [encode_response(tokenizer, row.response) for row in rows]
+    return Dataset.from_dict(
+        {
+            "input_ids": [prompt + response for prompt, response in zip(prompts, responses, strict=True)],
+            "completion_mask": [[0] * len(p) + [1] * len(r) for p, r in zip(prompts, responses, strict=True)],
+        }
+    )
+
+
+def _record_callback(tracker: Any) -> Any:
+    """A trainer callback: progress bar, loss curve, metrics to the tracker, the best epoch's weights in memory."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Record(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.history: list[dict[str, float | None]] = []
+            self.best_loss = math.inf
+            self.best: dict[str, Any] = {}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, desc="sft", unit="step")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.update()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+                self._add(state, loss=logs["loss"], validation_loss=None)
+                tracker.metrics({"sft/loss": logs["loss"], "sft/learning_rate": logs["learning_rate"]}, state.global_step)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+            loss = metrics["eval_loss"]
+            self._add(state, loss=None, validation_loss=loss)
+            tracker.metrics({"sft/validation_loss": loss}, state.global_step)
+            if loss < self.best_loss:
+                self.best_loss = loss
+                trained = [(n, p) for n, p in kwargs["model"].named_parameters() if p.requires_grad]
+                self.best = {name: weight.detach().clone() for name, weight in trained}
+
+        def _add(self, state: Any, **losses: float | None) -> None:
+            self.history.append({"step": state.global_step, "epoch": round(state.epoch, 4), **losses})
+
+        def restore_best(self, model: Any) -> None:
+            model.load_state_dict(self.best, strict=False)
+
+    return Record()
