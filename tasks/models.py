@@ -33,7 +33,9 @@ def prepare_tokenizer(model: Any, tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = tokenizer.unk_token or tokenizer.bos_token
         if spare is None or spare == tokenizer.eos_token:
-            raise UserError("The tokenizer has no token that could serve as padding (unk or bos, other than the end token).")
+            raise UserError(
+                "The tokenizer has no token that could serve as padding (unk or bos, other than the end token)."
+            )
         tokenizer.pad_token = spare
     tokenizer.padding_side = "left"
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -69,7 +71,9 @@ def require_same_tokenizer(*folders: Path) -> None:
     fingerprints = {folder: (folder / FINGERPRINT_FILE).read_text().strip() for folder in folders}
     if len(set(fingerprints.values())) > 1:
         listed = ", ".join(f"{folder}: {fingerprint}" for folder, fingerprint in fingerprints.items())
-        raise UserError(f"These models have different tokenizers or chat templates ({listed}). Train them from one base.")
+        raise UserError(
+            f"These models have different tokenizers or chat templates ({listed}). Train them from one base."
+        )
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

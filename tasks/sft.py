@@ -32,9 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def run(stage: Stage) -> None:
     params = stage.params.sft
     base = stage.dep("data/models/base")
-    demonstrations = read_rows(
-        stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration
-    )
+    demonstrations = read_rows(stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration)
     tokenizer = load_tokenizer(base)
     training, validation = split_for_validation(demonstrations, params.validation_share, stage.params.seed)
     model = load_language_model(base)
@@ -174,7 +172,9 @@ def _record_callback(tracker: Any) -> Any:
             if "loss" in logs:
                 self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
                 self._add(state, loss=logs["loss"], validation_loss=None)
-                tracker.metrics({"sft/loss": logs["loss"], "sft/learning_rate": logs["learning_rate"]}, state.global_step)
+                tracker.metrics(
+                    {"sft/loss": logs["loss"], "sft/learning_rate": logs["learning_rate"]}, state.global_step
+                )
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
             loss = metrics["eval_loss"]

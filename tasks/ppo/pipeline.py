@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from tqdm import tqdm
 
 from tasks.datasets import Prompt, read_rows, write_csv, write_json
@@ -20,7 +21,8 @@ from tasks.models import (
     split_model,
     trunk_depth,
 )
-from tasks.ppo.trainer import PPOTrainer, reward_model_fn
+from tasks.ppo.rollout import Rollout, score_last_token
+from tasks.ppo.trainer import PPOTrainer
 from tasks.stage import Stage, UserError
 
 
@@ -34,7 +36,9 @@ def train_policy(stage: Stage) -> None:
             f"ppo.batch_size {params.batch_size} is not a multiple of ppo.samples_per_prompt {params.samples_per_prompt}."
         )
     if params.minibatch_size > params.batch_size:
-        raise UserError(f"ppo.minibatch_size {params.minibatch_size} is larger than ppo.batch_size {params.batch_size}.")
+        raise UserError(
+            f"ppo.minibatch_size {params.minibatch_size} is larger than ppo.batch_size {params.batch_size}."
+        )
     tokenizer = load_tokenizer(sft_folder)
     sft, reward_model = load_language_model(sft_folder), load_scalar_model(reward_folder)
     depth = shared_depth(sft, reward_model, at_most=trunk_depth(sft, params.trainable_layers))
@@ -43,12 +47,15 @@ def train_policy(stage: Stage) -> None:
     policy = reference.trainable_copy(params.trainable_layers)
     value_model = reward_branch.trainable_copy(params.trainable_layers)
 
+    def score(rollout: Rollout) -> Tensor:
+        return score_last_token(reward_branch, rollout) - reward_model.config.score_bias
+
     trainer = PPOTrainer(
         trunk,
         policy,
         reference,
         value_model,
-        reward_model_fn(reward_branch, reward_model.config.score_bias, params.micro_batch_size),
+        score,
         [encode_prompt(tokenizer, row.prompt) for row in prompts],
         params,
         seed=stage.params.seed,

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tasks.models import Branch, Trunk, causal_mask, left_padded, positions_of
 
+ROWS_AT_ONCE = 16  # episodes in a forward pass without gradients
 COMPACT_BELOW = 0.7  # share of unfinished rows under which copying the cache costs less than carrying finished rows
 
 
@@ -38,6 +40,17 @@ class Rollout(NamedTuple):
     def responses(self) -> Tensor:
         """(B, R) long"""
         return self.tokens[:, self.prompt_length :]
+
+    def rows(self, chosen: Tensor) -> Rollout:
+        """Some of the episodes."""
+        return Rollout(
+            self.tokens[chosen],
+            self.mask[chosen],
+            self.prompt_length,
+            self.logprobs[chosen],
+            self.states[chosen],
+            self.ended[chosen],
+        )
 
     def response_ids(self) -> list[list[int]]:
         """The response tokens of each episode, without padding, with the end token where there is one."""
@@ -136,6 +149,44 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     ordered, order = probabilities.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     return torch.zeros_like(probabilities).scatter(-1, order, ordered * (before < top_p))
+
+
+def states_before(branch: Branch, rollout: Rollout) -> Tensor:
+    """The branch's final states (B, R, H) from which each response token is predicted: one position before it."""
+    final = branch(rollout.states, causal_mask(rollout.mask), positions_of(rollout.mask))
+    return final[:, rollout.prompt_length - 1 : -1]
+
+
+def response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
+    """Log-probabilities (B, R) of the response tokens at a temperature; 0 on padding.
+
+    The head, dear over a large vocabulary, sees the kept response positions alone. Without gradients the rows go through
+    in chunks, for memory.
+    """
+    if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in branch.parameters()):
+        with torch.no_grad():
+            parts = torch.arange(len(rollout.tokens)).split(ROWS_AT_ONCE)
+            return torch.cat([_response_logprobs(branch, rollout.rows(rows), temperature) for rows in parts])
+    return _response_logprobs(branch, rollout, temperature)
+
+
+def _response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
+    keep = rollout.response_mask
+    logits = branch.head(states_before(branch, rollout)[keep]) / temperature  # (N, V)
+    chosen = -F.cross_entropy(logits, rollout.responses[keep], reduction="none")
+    return torch.zeros(keep.shape).masked_scatter(keep, chosen)
+
+
+@torch.no_grad()
+def score_last_token(branch: Branch, rollout: Rollout) -> Tensor:
+    """A scalar model's output (B,) at each response's last token."""
+    scores = []
+    for rows in torch.arange(len(rollout.tokens)).split(ROWS_AT_ONCE):
+        part = rollout.rows(rows)
+        final = branch(part.states, causal_mask(part.mask), positions_of(part.mask))
+        last = part.prompt_length + part.response_mask.sum(-1) - 1
+        scores.append(branch.head(final[torch.arange(len(rows)), last])[:, 0])
+    return torch.cat(scores)
 
 
 def uniforms_for(seed: int, names: Iterable[str], length: int) -> Tensor:

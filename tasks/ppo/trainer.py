@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tasks.models import Branch, Trunk, causal_mask, positions_of
+from tasks.models import Branch, Trunk
 from tasks.ppo.advantages import gae, token_rewards, whiten
 from tasks.ppo.loss import policy_loss, value_loss
-from tasks.ppo.rollout import Rollout, generate, uniforms_for
+from tasks.ppo.rollout import Rollout, generate, response_logprobs, states_before, uniforms_for
 
 if TYPE_CHECKING:
     from tasks.params import Ppo
@@ -114,8 +114,8 @@ class PPOTrainer:
         # A response that does not end gets a fixed low score instead (Stiennon et al.; N+ implementation details).
         scores = torch.where(rollout.ended, scores, params.missing_end_score)
         parts = torch.arange(len(scores)).split(params.micro_batch_size)
-        ref_logprobs = torch.cat([self.logprobs(self.reference, rollout, rows) for rows in parts])
-        values = torch.cat([self.values(rollout, rows) for rows in parts])
+        ref_logprobs = response_logprobs(self.reference, rollout, params.temperature)
+        values = torch.cat([self.values(rollout.rows(rows)) for rows in parts])
         rewards = token_rewards(scores, rollout.logprobs, ref_logprobs, mask, params.kl_coef)
         advantages, returns = gae(rewards, values, mask, params.gamma, params.gae_lambda)
         return Batch(rollout, scores, ref_logprobs, values, whiten(advantages, mask), returns)
@@ -126,10 +126,11 @@ class PPOTrainer:
         count = float(rollout.response_mask[rows].sum())
         totals: dict[str, float] = defaultdict(float)
         for part in rows.split(params.micro_batch_size):
-            mask = rollout.response_mask[part]
+            episodes = rollout.rows(part)
+            mask = episodes.response_mask
             policy = policy_loss(
-                self.logprobs(self.policy, rollout, part),
-                rollout.logprobs[part],
+                response_logprobs(self.policy, episodes, params.temperature),
+                episodes.logprobs,
                 batch.advantages[part],
                 mask,
                 params.clip_range,
@@ -137,7 +138,7 @@ class PPOTrainer:
             )
             policy.loss.backward()
             value = value_loss(
-                self.values(rollout, part),
+                self.values(episodes),
                 batch.values[part],
                 batch.returns[part],
                 mask,
@@ -151,50 +152,16 @@ class PPOTrainer:
         totals["value_grad_norm"] = _clip_and_step(self.value_model, self.value_optimizer, params.max_grad_norm)
         return dict(totals)
 
-    def logprobs(self, branch: Branch, rollout: Rollout, rows: Tensor) -> Tensor:
-        """Log-probabilities (b, R) of the response tokens at the sampling temperature; 0 on padding.
-
-        The head, dear over a large vocabulary, sees the kept response positions alone.
-        """
-        keep = rollout.response_mask[rows]
-        final = final_states(branch, rollout, rows)[keep]  # (N, H)
-        logits = branch.head(final) / self.params.temperature
-        chosen = -torch.nn.functional.cross_entropy(logits, rollout.responses[rows][keep], reduction="none")
-        return torch.zeros(keep.shape).masked_scatter(keep, chosen)
-
-    def values(self, rollout: Rollout, rows: Tensor) -> Tensor:
-        """Values (b, R) of the states before each response token; 0 on padding."""
-        output = self.value_model.head(final_states(self.value_model, rollout, rows))[..., 0] - self.value_bias
-        return output * rollout.response_mask[rows]  # type: ignore[no-any-return]
+    def values(self, rollout: Rollout) -> Tensor:
+        """Values (B, R) of the states before each response token; 0 on padding."""
+        output = self.value_model.head(states_before(self.value_model, rollout))[..., 0] - self.value_bias
+        return output * rollout.response_mask  # type: ignore[no-any-return]
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
         yield
         self.seconds[name] += time.monotonic() - started
-
-
-def final_states(branch: Branch, rollout: Rollout, rows: Tensor) -> Tensor:
-    """Final states (b, R, H) from which each response token is predicted: one position before it."""
-    mask = rollout.mask[rows]
-    final = branch(rollout.states[rows], causal_mask(mask), positions_of(mask))
-    return final[:, rollout.prompt_length - 1 : -1]
-
-
-def reward_model_fn(branch: Branch, score_bias: float, micro_batch_size: int) -> RewardFunction:
-    """A reward model on the shared trunk as a reward function: its output at the last token, centred."""
-
-    @torch.no_grad()
-    def score(rollout: Rollout) -> Tensor:
-        scores = []
-        for rows in torch.arange(len(rollout.tokens)).split(micro_batch_size):
-            mask = rollout.mask[rows]
-            final = branch(rollout.states[rows], causal_mask(mask), positions_of(mask))
-            last = rollout.prompt_length + rollout.response_mask[rows].sum(-1) - 1
-            scores.append(branch.head(final[torch.arange(len(rows)), last])[:, 0])
-        return torch.cat(scores) - score_bias
-
-    return score
 
 
 def describe(batch: Batch) -> dict[str, float]:
