@@ -1,0 +1,169 @@
+"""What stays of a run: MLflow's record, the table of the stages, one prompt answered by each model, what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_table_artifact
+from prefect.runtime import flow_run
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flows.dvc_stage import Outcome
+from tasks.lineage import StageSpec, git_state, locked_outs
+
+SAMPLES = Path("data/reports/evaluation/samples.jsonl")
+COLOURS = {"ran": "green", "cached": "blue", "failed": "bold red", "not run": "dim"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage in the table at the end."""
+
+    stage: str
+    status: str
+    seconds: float | None
+    figure: str
+    url: str
+    error: str
+
+
+Report = list[Row]
+
+
+@dataclass
+class Pipeline:
+    """One run of the flow, as MLflow keeps it: the parent of its stages' runs."""
+
+    id: str
+    status: str = "KILLED"  # until the flow has got to its end
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """What a stage's process must know to log under this run."""
+        return {"RLHF_PIPELINE_ID": self.id, "RLHF_FLOW_RUN_ID": self.id}
+
+    def row(self, spec: StageSpec, outcome: Outcome) -> Row:
+        from tasks import tracking
+
+        done = outcome.status in ("ran", "cached")
+        if outcome.status == "cached":
+            url = tracking.link_cached(self.id, spec, locked_outs(spec.name))
+        else:
+            url = tracking.stage_run_url(self.id, spec.name) if outcome.status != "not run" else ""
+        figure = figure_of(spec) if done else ""
+        return Row(spec.name, outcome.status, outcome.seconds, figure, url, outcome.error)
+
+
+@contextmanager
+def pipeline_record() -> Iterator[Pipeline]:
+    """Open the pipeline's MLflow run, and close it however the flow ends."""
+    from tasks import tracking  # mlflow takes seconds to import
+
+    pipeline = Pipeline(str(flow_run.get_id()))
+    commit, dirty = git_state()
+    tags = {"git.commit": commit, "git.dirty": str(dirty).lower(), "prefect.flow_run_id": pipeline.id}
+    tracking.open_pipeline(pipeline.id, tags)
+    try:
+        yield pipeline
+    except Exception:
+        pipeline.status = "FAILED"
+        raise
+    finally:
+        tracking.close_pipeline(pipeline.id, pipeline.status)
+
+
+def figure_of(spec: StageSpec, root: Path = Path()) -> str:
+    """`gold.gain 0.21`: the figure that dvc.yaml names for the stage, out of the JSON files that it writes."""
+    key = spec.meta.get("figure", "")
+    for out in spec.outs if key else ():
+        path = root / out
+        if path.suffix == ".json" and path.exists():
+            value = _at(json.loads(path.read_text()), key.split("."))
+            if value is not None:
+                return f"{key} {_plain(value)}"
+    return ""
+
+
+def _at(tree: Any, keys: list[str]) -> Any:
+    for key in keys:
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(key)
+    return tree
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def publish(report: Report) -> None:
+    """The table as a Prefect artifact, on the flow run's page."""
+    rows = [
+        {
+            "stage": row.stage,
+            "result": row.status,
+            "seconds": "" if row.seconds is None else round(row.seconds, 1),
+            "main figure": row.figure,
+            "MLflow run": f"[open]({row.url})" if row.url else "",
+        }
+        for row in report
+    ]
+    create_table_artifact(key="rlhf-stages", table=rows, description="The stages of this run")
+
+
+def print_report(report: Report, console: Console) -> None:
+    console.print(_table(report))
+    for row in report:
+        if row.error:
+            console.print(Text(f"\n{row.stage} failed:", style="bold red"), Text(row.error), sep="\n", soft_wrap=True)
+    if any(row.status == "failed" for row in report):
+        console.print("\nMend that and run the same command again: what is done stays done.")
+        return
+    if SAMPLES.exists():
+        console.print(_answers(json.loads(SAMPLES.read_text().splitlines()[0])))
+    console.print(_NEXT)
+
+
+def _table(report: Report) -> Table:
+    table = Table(title="rlhf", title_justify="left")
+    for heading in ("stage", "result"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("main figure", no_wrap=True)
+    table.add_column("MLflow run", overflow="fold")
+    for row in report:
+        seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
+        # a link to click where the terminal can, and the whole address to copy where it cannot
+        link = Text(row.url, style=f"link {row.url}" if row.url else "")
+        table.add_row(row.stage, Text(row.status, style=COLOURS[row.status]), seconds, row.figure, link)
+    return table
+
+
+def _answers(sample: dict[str, Any]) -> Table:
+    table = Table(title="One held-out prompt, answered by each", title_justify="left", show_lines=True)
+    for model in ("base", "sft", "policy"):
+        table.add_column(model, ratio=1)
+    table.caption = Text(f"prompt: {sample['prompt']}")
+    table.caption_justify = "left"
+    table.add_row(*(Text(sample[model].strip()) for model in ("base", "sft", "policy")))
+    return table
+
+
+_NEXT = """
+What comes next
+  make ui                      MLflow and Prefect in the browser (the links above work while it runs)
+  . .venv/bin/activate         then:
+    dvc metrics show           all figures;  dvc metrics diff: against the last commit
+    dvc plots show             the curves, as a page
+    dvc repro                  says that nothing has changed
+  edit ppo.kl_coef in params.yaml and `make run` again: only what depends on it runs
+"""

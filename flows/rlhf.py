@@ -1,0 +1,108 @@
+"""The whole pipeline, from a base model to a PPO policy: `python -m flows.rlhf [STAGE ...]`.
+
+DVC knows what depends on what and what is up to date (dvc.yaml); this flow starts the stages in that order, those that
+do not depend on each other side by side, and MLflow keeps the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import signal
+import sys
+from collections.abc import Iterable
+from typing import cast
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, wait
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+from rich.console import Console
+
+from flows.console import terminal
+from flows.dvc_stage import Outcome, Pool, dvc_stage, outcome_of
+from flows.leftovers import mend_leftovers
+from flows.report import Report, pipeline_record, print_report, publish
+from flows.server import prefect_server
+from tasks.lineage import StageSpec, load_stages, upstream
+from tasks.stage import UserError
+
+
+@flow(name="rlhf", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
+def rlhf(targets: list[str] | None = None) -> State[Report]:
+    """Bring every stage of dvc.yaml up to date, or `targets` and what they need."""
+    mend_leftovers()
+    specs = needed(load_stages(), targets)
+    parents = upstream(specs)
+    runs: dict[str, PrefectFuture[State[Outcome]]] = {}
+    with pipeline_record() as pipeline, Pool() as pool:
+        for name, spec in specs.items():
+            first = [runs[parent] for parent in parents[name]]
+            runs[name] = dvc_stage(spec).submit(spec, pool, pipeline.ids, wait_for=first, return_state=False)
+        wait(list(runs.values()))
+        report = [pipeline.row(spec, outcome_of(runs[name].state)) for name, spec in specs.items()]
+        failed = [row.stage for row in report if row.status == "failed"]
+        pipeline.status = "FAILED" if failed else "FINISHED"
+    publish(report)
+    return Failed(message=f"failed: {', '.join(failed)}", data=report) if failed else Completed(data=report)
+
+
+def needed(specs: dict[str, StageSpec], targets: Iterable[str] | None) -> dict[str, StageSpec]:
+    """The targets and all that they depend on, in the order of `specs`; everything where no target is named."""
+    parents = upstream(specs)
+    wanted: set[str] = set()
+    pending = list(targets or specs)
+    while pending:
+        name = pending.pop()
+        if name not in wanted:
+            wanted.add(name)
+            pending.extend(parents[name])
+    return {name: spec for name, spec in specs.items() if name in wanted}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the flow for a person. Exit codes: 0 done, 1 a stage failed, 2 something to mend, 130 or 143 stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        targets = _parse(argv)
+        console = Console(soft_wrap=not sys.stdout.isatty())
+        with terminal() as log, prefect_server(log.print):
+            state = rlhf(targets, return_state=True)
+        report = cast("Report | Exception", state.result(raise_on_failure=False))
+        if isinstance(report, Exception):
+            raise report
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_report(report, console)
+    return 1 if state.is_failed() else 0
+
+
+def _parse(argv: list[str] | None) -> list[str] | None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.rlhf",
+        description="Run the pipeline: every stage that is out of date, and nothing else.",
+        epilog="PREFECT_API_URL: a Prefect server to report to (else one is started for the run). "
+        "MLFLOW_TRACKING_URI: where MLflow keeps the record (else mlflow.db here).",
+    )
+    parser.add_argument("stage", nargs="*", metavar="STAGE", help="only these and what they need; default: all")
+    wanted: list[str] = parser.parse_args(argv).stage
+    try:
+        known = load_stages()
+    except FileNotFoundError:
+        raise UserError("no dvc.yaml here; run from the repository's root.") from None
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(
+                f"no stage `{name}` in dvc.yaml" + (f"; did you mean `{near[0]}`?" if near else f": {', '.join(known)}")
+            )
+    return wanted or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

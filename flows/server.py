@@ -1,0 +1,86 @@
+"""A Prefect server for as long as a run takes, where none is given by PREFECT_API_URL.
+
+Prefect's own ephemeral server lives on as an orphan when the flow is killed, and gives up after 20 s where the first
+start, with its migrations, takes longer. This one is started on a leash (flows/leash.py).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from flows import leash
+
+STARTUP_SECONDS = 180
+
+
+def leashed(command: list[str], **options: bool | float) -> list[str]:
+    """The command line that runs `command` so that it ends with this process."""
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, leash.__file__, f"--parent={os.getpid()}", *flags, "--", *command]
+
+
+@contextmanager
+def prefect_server(say: Callable[[str], None]) -> Iterator[str]:
+    """The address of the API: the one that is set, or that of a server which ends with this context."""
+    if given := get_current_settings().api.url:
+        yield given
+        return
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    log = get_current_settings().home / "server.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    first = "" if (log.parent / "prefect.db").exists() else "; the first time takes up to a minute"
+    say(f"starting a Prefect server for this run{first} ...")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            leashed(_uvicorn(port)), env=_environment(), stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(process, url, log)
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+            APILogHandler.flush()  # type: ignore[no-untyped-call]  # the last lines are still on their way
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _uvicorn(port: int) -> list[str]:
+    app = ["--factory", "prefect.server.api.server:create_app"]
+    return [sys.executable, "-m", "uvicorn", *app, f"--port={port}", "--host=127.0.0.1", "--log-level=error"]
+
+
+def _environment() -> dict[str, str]:
+    """Prefect's own switches for a server that is not for people: no page, no scheduler, no telemetry."""
+    switches = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+    return os.environ | switches | {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{url}/health", timeout=5).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise RuntimeError(f"Prefect's server did not start; its last words:\n{log.read_text()[-2000:]}")
