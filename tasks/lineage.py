@@ -94,7 +94,7 @@ def hash_path(path: Path) -> str:
 
 
 def git_state(root: Path = Path()) -> tuple[str, bool]:
-    """(commit, whether tracked files differ from it); ("none", True) outside a repository or before its first commit."""
+    """(commit, whether tracked files differ from it); ("none", True) where there is no repository or no commit yet."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

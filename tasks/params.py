@@ -208,11 +208,11 @@ def load_params(path: Path) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(problem, raw) for problem in error.errors()]
+        lines = [_explain(problem) for problem in error.errors()]
         raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
-def _explain(problem: Any, raw: dict[str, Any]) -> str:
+def _explain(problem: Any) -> str:
     """One line for one wrong key: where, what, and for an unknown one the nearest right one."""
     where = [str(part) for part in problem["loc"]]
     key = ".".join(where)

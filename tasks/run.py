@@ -11,6 +11,7 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -23,7 +24,6 @@ from tasks.tracking import Tracker
 
 
 def main(argv: list[str] | None = None) -> int:
-    _die_with_parent()
     try:
         specs = load_stages()
     except FileNotFoundError:
@@ -53,11 +53,14 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: stage `{spec.name}`: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0)
+    except KeyboardInterrupt:
+        print(f"error: stage `{spec.name}` was interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        advice = _ADVICE.get(_errno(error))
         if advice is None:
             raise
-        print(f"error: stage `{spec.name}`: {error.strerror}: {error.filename or 'the disk'}. {advice}", file=sys.stderr)
+        print(f"error: stage `{spec.name}`: {error}. {advice}", file=sys.stderr)
         return 2
     print(f"{spec.name}: done in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return 0
@@ -72,16 +75,30 @@ _ADVICE = {
 }
 
 
-def _die_with_parent() -> None:
-    """When DVC is killed, even with SIGKILL, this process gets SIGTERM and leaves no orphan behind (Linux only)."""
+def _errno(error: Exception) -> int:
+    """The system's error number. Libraries written in Rust, such as safetensors, have it in their message alone."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
+
+
+def _stop_cleanly() -> None:
+    """SIGTERM becomes an exception, so that outputs are cleaned up and the run's end is recorded.
+
+    On Linux this process also gets SIGTERM when DVC, its parent, is killed, even with SIGKILL: no orphan stays behind.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if sys.platform == "linux":
         import ctypes
 
+        parent = os.getppid()
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() == 1:  # the parent was gone before we asked
+        if os.getppid() != parent:  # it was gone before we asked
             sys.exit(143)
 
 
 if __name__ == "__main__":
+    _stop_cleanly()
     sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """Something that the user can mend. The message says what was wrong, where, and what to do; no traceback is shown."""
+    """Something that the user can mend. The message says what was wrong, where and what to do; no traceback follows."""
 
 
 class Stage:
@@ -58,7 +57,7 @@ class Stage:
         """Put every output in its place."""
         for temporary, final in self._pending.items():
             _remove(final)
-            os.replace(temporary, final)
+            temporary.replace(final)
         self._pending.clear()
 
     def discard(self) -> None:

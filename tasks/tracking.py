@@ -1,8 +1,8 @@
 """The record of every run, in MLflow: what a stage logs goes to a journal on disk first, then to the server.
 
-A stage never waits for MLflow and never fails because of it. What it logs is appended to `.rlhf/journal/<id>/`, one JSON
-line an event with its own time stamp; a background thread mirrors the lines to the server. What the server missed stays
-in the journal, and
+A stage never waits for MLflow and never fails because of it. What it logs is appended to `.rlhf/journal/<id>/`, one
+JSON line an event with its own time stamp; a background thread mirrors the lines to the server. What the server missed
+stays in the journal, and
 
     python -m tasks.tracking replay
 
@@ -157,7 +157,7 @@ def open_pipeline(pipeline_id: str, tags: dict[str, str]) -> None:
 
 
 def link_cached(pipeline_id: str, spec: StageSpec, outs: dict[str, str]) -> str:
-    """Tag the pipeline's run with the stage run that made these outs, {path: hash}; returns that run's address or ""."""
+    """Tag the pipeline's run with the stage run that made these outs, {path: hash}; gives that run's address or ""."""
 
     def work(client: MlflowClient) -> str:
         experiment = _experiment(client)
@@ -212,7 +212,7 @@ def _attempt(work: Callable[[MlflowClient], str]) -> str:
         return ""
     try:
         return work(connect())
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         if uri not in _failed_at:
             print(f"warning: {_unreachable(error)}; the pipeline goes on without its links.", file=sys.stderr)
         _failed_at[uri] = time.monotonic()
@@ -258,7 +258,7 @@ class Journal:
                 events = self.events()
         except (Timeout, OSError):
             return False  # its stage is still running, or somebody else is sending it
-        return pipeline_id is None or bool(events) and events[0]["tags"]["pipeline.id"] == pipeline_id
+        return pipeline_id is None or (bool(events) and events[0]["tags"]["pipeline.id"] == pipeline_id)
 
     def append(self, event: Event) -> None:
         """Write one event, with the time. A full disk costs the record, not the training."""
@@ -378,7 +378,7 @@ class _Watcher(threading.Thread):
             while not self._over.wait(SAMPLE_SECONDS):
                 self._sample()
             self._sample()
-        except Exception as error:  # noqa: BLE001 - a record that is not complete is better than a stage that fails
+        except Exception as error:  # a record that is not complete is better than a stage that fails
             print(f"warning: system metrics end here: {error}", file=sys.stderr)
 
     def stop(self) -> None:
@@ -426,7 +426,7 @@ def _gpu_metrics() -> dict[str, float]:
 
 
 class Mirror(threading.Thread):
-    """Sends a journal's lines to MLflow as they come. It never raises, and the stage never waits for it but at the end."""
+    """Sends a journal's lines to MLflow as they come. It never raises; the stage waits for it only at the end."""
 
     def __init__(self, journal: Journal) -> None:
         super().__init__(name="mirror", daemon=True)
@@ -449,7 +449,7 @@ class Mirror(threading.Thread):
                 if self._sender.done:
                     self._journal.remove()
                     return
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 self._failure = error
                 failures += 1
                 if failures == 2:
@@ -463,7 +463,7 @@ class Mirror(threading.Thread):
         while not self._has_run.wait(0.1):
             if time.monotonic() > deadline or self._warned or not self.is_alive():
                 raise UserError(f"{_unreachable(self._failure)}. Start it, or set MLFLOW_TRACKING_URI, and run again.")
-        assert self._sender and self._sender.run_id
+        assert self._sender
         return self._sender.run_id
 
     def finish(self, seconds: float) -> None:
@@ -592,7 +592,7 @@ class Sender:
 
 
 def _experiment(client: MlflowClient) -> str:
-    """The experiment's id; made where it is missing. Two processes may come at once, and SQLite's first one migrates."""
+    """The experiment's id; made where it is missing. Two processes may come at once; on SQLite the first migrates."""
     uri = tracking_uri()
     artifacts = f"file://{Path.cwd() / 'mlartifacts'}" if uri.startswith("sqlite") else None
     with _machine_lock():
@@ -658,7 +658,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         sent = replay()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         print(f"error: {_unreachable(error)}. {len(Journal.left())} stage runs are still to be sent.", file=sys.stderr)
         return 2
     print(f"{sent} stage runs sent to {masked(tracking_uri())}." if sent else "Nothing to send.")
