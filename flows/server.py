@@ -6,6 +6,7 @@ start, with its migrations, takes longer. This one is started on a leash (flows/
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -16,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows import leash
@@ -50,7 +50,8 @@ def prefect_server(say: Callable[[str], None]) -> Iterator[str]:
         _wait_until_healthy(process, url, log)
         with temporary_settings({PREFECT_API_URL: url}):
             yield url
-            APILogHandler.flush()  # type: ignore[no-untyped-call]  # the last lines are still on their way
+            for handler in logging.getLogger("prefect.flow_runs").handlers:
+                handler.flush()  # the last lines are still on their way
     finally:
         process.terminate()
         process.wait()

@@ -1,0 +1,45 @@
+# What can be done here; `make` alone lists it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# so that `python` and `dvc` in dvc.yaml's commands are those of .venv
+IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: help run test check format ui clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+run: .venv/installed .git  ## set up .venv where it is missing, and run the pipeline: what is out of date, nothing else
+	@$(IN_VENV) $(BIN)/python -m flows.rlhf $(STAGES)
+
+test: .venv/installed .git  ## the same environment, and the tests
+	@$(IN_VENV) $(BIN)/python -m pytest $(TESTS)
+
+check: .venv/installed  ## format, lint and types; a warning is an error
+	@$(BIN)/ruff format --check flows tasks tests
+	@$(BIN)/ruff check flows tasks tests
+	@$(BIN)/mypy flows tasks tests
+
+format: .venv/installed  ## put the code into its format
+	@$(BIN)/ruff format flows tasks tests
+	@$(BIN)/ruff check --fix flows tasks tests
+
+ui: .venv/installed  ## MLflow on http://127.0.0.1:5000 and Prefect on http://127.0.0.1:4200, until Ctrl-C
+	@$(IN_VENV) $(BIN)/python -m flows.ui
+
+clean:  ## remove the environment and the tools' caches; data, models and records stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+
+.venv/installed: requirements.lock
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+		echo 'error: Python 3.11 is needed and `$(PYTHON)` is another; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; \
+		exit 1; }
+	@echo 'installing into .venv; this takes some minutes, once'
+	@"$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+# DVC needs a repository; an unpacked archive has none
+.git:
+	@git rev-parse --git-dir >/dev/null 2>&1 || git init --quiet
