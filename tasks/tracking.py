@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -128,10 +129,14 @@ def connect() -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    warnings.filterwarnings("ignore", module="alembic")  # about MLflow's own migrations
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri())
-    return mlflow.MlflowClient()
+    uri = tracking_uri()
+    if uri.startswith("sqlite") and "?" not in uri:
+        uri += "?timeout=30"  # by default SQLite waits 5 s for another process that writes
+    with _machine_lock():  # the first one to come makes SQLite's tables
+        return mlflow.MlflowClient(uri, uri)
 
 
 def masked(text: str) -> str:
@@ -373,6 +378,9 @@ class _Watcher(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
+        import psutil
+
+        psutil.cpu_percent()  # counts from here to the first sample
         try:
             self._hash_inputs()
             while not self._over.wait(SAMPLE_SECONDS):
@@ -454,7 +462,7 @@ class Mirror(threading.Thread):
                 failures += 1
                 if failures == 2:
                     self._warn("MLflow will be tried again.")
-                if closing and failures >= 2:
+                if closing and failures >= 2 and "database is locked" not in str(error):
                     return
             self._closing.wait(FLUSH_SECONDS) if not closing else time.sleep(0.2)
 
@@ -470,6 +478,8 @@ class Mirror(threading.Thread):
         """Give the server a last chance, then let the stage end."""
         self._closing.set()
         self.join(seconds)
+        if not self.is_alive():
+            self._journal.lock.release()
         if self._journal.folder.exists():
             self._warn()
 
@@ -552,7 +562,23 @@ class Sender:
             for key, value in event["values"].items()
         ]
         for at in range(0, len(metrics), 1000):  # the server's limit
-            self._client.log_batch(self.run_id, metrics=metrics[at : at + 1000])
+            self._log_batch(metrics[at : at + 1000])
+
+    def _log_batch(self, metrics: list[Any]) -> None:
+        """One metric that the server refuses must not keep the others from it, nor the run from its end."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.log_batch(self.run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if len(metrics) == 1:
+                print(f"warning: MLflow refuses the metric {metrics[0].key}: {error.message}", file=sys.stderr)
+                return
+            middle = len(metrics) // 2
+            self._log_batch(metrics[:middle])
+            self._log_batch(metrics[middle:])
 
     def _log_tags(self, event: Event) -> None:
         from mlflow.entities import RunTag
@@ -592,7 +618,7 @@ class Sender:
 
 
 def _experiment(client: MlflowClient) -> str:
-    """The experiment's id; made where it is missing. Two processes may come at once; on SQLite the first migrates."""
+    """The experiment's id; made where it is missing. Two processes may come at once."""
     uri = tracking_uri()
     artifacts = f"file://{Path.cwd() / 'mlartifacts'}" if uri.startswith("sqlite") else None
     with _machine_lock():
