@@ -32,7 +32,8 @@ from flows.console import Bar
 from flows.server import leashed
 from tasks.lineage import StageSpec
 
-LOCK_WAIT_SECONDS = 600
+LOCK_WAIT_SECONDS = 600.0
+LOCK_POLL_SECONDS = 5.0
 ERROR_LINES = 15
 
 
@@ -105,8 +106,8 @@ def _run_dvc(stage: str, pool: Pool, ids: dict[str, str]) -> tuple[int, list[str
         busy = code != 0 and not stage_started(stage, lines) and any(_LOCKED.search(line) for line in lines)
         if not busy or pool.stopped or time.monotonic() > deadline:
             return code, lines
-        logger.info("another DVC process works on the same files; trying again in 5 s")
-        time.sleep(5)
+        logger.info("another DVC process works on the same files; trying again in %g s", LOCK_POLL_SECONDS)
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 class Pool:

@@ -36,7 +36,7 @@ def prefect_server(say: Callable[[str], None]) -> Iterator[str]:
     if given := get_current_settings().api.url:
         yield given
         return
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     log = get_current_settings().home / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def prefect_server(say: Callable[[str], None]) -> Iterator[str]:
             leashed(_uvicorn(port)), env=_environment(), stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait_until_healthy(process, url, log)
+        wait_until_healthy(process, url, log)
         with temporary_settings({PREFECT_API_URL: url}):
             yield url
             for handler in logging.getLogger("prefect.flow_runs").handlers:
@@ -68,13 +68,13 @@ def _environment() -> dict[str, str]:
     return os.environ | switches | {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + STARTUP_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:

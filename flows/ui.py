@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import httpx
+from prefect.settings import get_current_settings
 
 from flows.server import STARTUP_SECONDS, leashed
 
@@ -23,11 +25,11 @@ def main() -> int:
     # without job execution MLflow takes 2 processes and 0.5 GB, with it 10 and 2.5
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     print("starting; this takes up to a minute ...", flush=True)
-    children = [_start(page.command, os.environ | quiet) for page in pages if page.command]
+    children = [_start(page, os.environ | quiet) for page in pages if page.command]
     try:
         for page in pages:
             if not _answers(page.address + page.health, children):
-                print(f"error: no answer from {page.name} at {page.address}; is the port in use?", file=sys.stderr)
+                print(f"error: no answer from {page.name} at {page.address}; see {page.log}", file=sys.stderr)
                 return 1
             print(f"{page.name:<8} {page.address}", flush=True)
         print("Ctrl-C stops both. To see a run live: PREFECT_API_URL=http://127.0.0.1:4200/api make run", flush=True)
@@ -50,6 +52,10 @@ class Page(NamedTuple):
     health: str
     command: list[str]  # empty: somebody else runs it
 
+    @property
+    def log(self) -> Path:
+        return get_current_settings().home / f"{self.name.lower()}-page.log"
+
 
 def _pages() -> list[Page]:
     store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
@@ -63,14 +69,17 @@ def _pages() -> list[Page]:
     ]
 
 
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        leashed([sys.executable, "-m", *command]),
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def _start(page: Page, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    page.log.parent.mkdir(parents=True, exist_ok=True)
+    with page.log.open("wb") as output:
+        return subprocess.Popen(
+            leashed([sys.executable, "-m", *page.command]),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
 
 
 def _answers(url: str, children: list[subprocess.Popen[bytes]]) -> bool:

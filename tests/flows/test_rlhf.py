@@ -1,0 +1,143 @@
+"""The flow on a toy repository, reporting to a real Prefect server."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from typing import cast
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State
+
+from flows import dvc_stage
+from flows.report import Report, Row, figure_of
+from flows.rlhf import main, needed, rlhf
+from tasks.lineage import load_stages
+from tests.flows.toy import Toy
+
+
+def run(targets: list[str] | None = None) -> tuple[State[Report], dict[str, Row]]:
+    state = cast("State[Report]", rlhf(targets, return_state=True))
+    report = cast("Report", state.result(raise_on_failure=False))
+    return state, {row.stage: row for row in report}
+
+
+def states_in_prefect(state: State[Report]) -> dict[str, tuple[str, str]]:
+    """{stage: (name of the state, its message)} as Prefect's page shows them."""
+    flow_run = state.state_details.flow_run_id
+    assert flow_run
+    with get_client(sync_client=True) as client:
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])))
+    return {task.name: (task.state.name or "", task.state.message or "") for task in tasks if task.state}
+
+
+def test_runs_skips_and_restores(in_toy: Toy) -> None:
+    state, rows = run()
+    assert state.is_completed()
+    assert [row.status for row in rows.values()] == ["ran", "ran", "ran"]
+    assert rows["last"].figure == "toy.length 13"
+
+    lock = (in_toy.root / "dvc.lock").read_text()
+    state, rows = run()
+    assert [row.status for row in rows.values()] == ["cached", "cached", "cached"]
+    assert {name for name, _ in states_in_prefect(state).values()} == {"Cached"}
+
+    # back from DVC's run cache, without running
+    (in_toy.root / "knob.txt").write_text("2")
+    run()
+    assert in_toy.starts("left") == 2
+    (in_toy.root / "knob.txt").write_text("1")
+    _, rows = run()
+    assert rows["left"].status == "cached"
+    assert in_toy.starts("left") == 2
+    assert (in_toy.root / "dvc.lock").read_text() == lock
+
+
+def test_a_failure_shows_the_stage_s_own_words(in_toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    in_toy.write(left="retries: 3")
+    (in_toy.root / "fail-left.txt").write_text("mistake")
+    assert main([]) == 1
+    out, err = capsys.readouterr()
+    assert "left failed:\nerror: stage `left`: the raw file is torn" in out
+    assert "not run" in out
+    assert "Traceback" not in out + err
+    assert in_toy.starts("left") == 1  # a user's mistake is the same at the next try
+    assert in_toy.starts("last") == 0
+
+    (in_toy.root / "fail-left.txt").write_text("mistake")
+    state, rows = run()
+    assert state.is_failed()
+    assert state.message == "failed: left"
+    assert [rows[name].status for name in ("left", "right", "last")] == ["failed", "cached", "not run"]
+    assert states_in_prefect(state)["left"] == ("Failed", "error: stage `left`: the raw file is torn")
+    assert run()[0].is_completed()
+
+
+def test_retries_are_set_by_stage(in_toy: Toy) -> None:
+    in_toy.write(left="retries: 2")
+    (in_toy.root / "fail-left.txt").write_text("crash crash")
+    (in_toy.root / "fail-right.txt").write_text("crash")
+    state, rows = run()
+    assert rows["left"].status == "ran"
+    assert in_toy.starts("left") == 3
+    assert rows["right"].status == "failed"
+    assert rows["right"].error == "about to fail\nValueError: no luck this time"
+    assert in_toy.starts("right") == 1
+    assert state.is_failed()
+
+
+@pytest.mark.parametrize("free", [10.0, 5.0])
+def test_side_by_side_where_memory_allows(in_toy: Toy, free: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_toy.write(left="memory_gb: 4", right="memory_gb: 4")
+    monkeypatch.setattr(dvc_stage, "available_gigabytes", lambda: free)
+    monkeypatch.setenv("TOY_SECONDS_left", "4")
+    monkeypatch.setenv("TOY_SECONDS_right", "4")
+    assert run()[0].is_completed()
+    spans = [[when for _, when in in_toy.times(stage)] for stage in ("left", "right")]
+    overlap = min(end for _, end in spans) - max(start for start, _ in spans)
+    assert (overlap > 0) == (free == 10.0)
+
+
+def test_only_what_the_named_stages_need(in_toy: Toy) -> None:
+    assert list(needed(load_stages(in_toy.root), ["left"])) == ["left"]
+    assert set(needed(load_stages(in_toy.root), ["last"])) == {"left", "right", "last"}
+    _, rows = run(["left"])
+    assert list(rows) == ["left"]
+
+
+def test_same_lock_as_dvc_repro(in_toy: Toy) -> None:
+    run()
+    ours = (in_toy.root / "dvc.lock").read_text()
+    (in_toy.root / "dvc.lock").unlink()
+    subprocess.run(["dvc", "repro", "--quiet", "--force"], check=True)
+    assert (in_toy.root / "dvc.lock").read_text() == ours
+
+
+def test_waits_for_somebody_else_s_dvc(in_toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dvc_stage, "LOCK_POLL_SECONDS", 0.5)
+    monkeypatch.setenv("TOY_SECONDS_left", "5")
+    other = subprocess.Popen(["dvc", "repro", "--quiet", "left"])
+    while not in_toy.starts("left"):
+        time.sleep(0.1)
+    state, rows = run(["left"])
+    assert other.wait() == 0
+    assert state.is_completed()
+    assert rows["left"].status == "cached"
+
+
+def test_unknown_stage_names_the_nearest(in_toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lefd"]) == 2
+    assert capsys.readouterr().err == "error: no stage `lefd` in dvc.yaml; did you mean `left`?\n"
+    (in_toy.root / "dvc.yaml").unlink()
+    assert main([]) == 2
+    assert "no dvc.yaml here" in capsys.readouterr().err
+
+
+def test_figure_is_found_in_nested_json(in_toy: Toy) -> None:
+    spec = load_stages(in_toy.root)["left"]
+    (in_toy.root / "left.json").write_text('{"toy": {"length": 0.123456}}')
+    assert figure_of(spec, in_toy.root) == "toy.length 0.123"
+    (in_toy.root / "left.json").write_text('{"toy": 3}')
+    assert figure_of(spec, in_toy.root) == ""

@@ -1,0 +1,107 @@
+"""A toy repository whose stages are a few lines of Python that need no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 120  # seconds; the machines that run the tests may be slow and busy
+
+STAGES = """
+import os, sys, time
+from pathlib import Path
+
+name, *reads = sys.argv[1:]
+with open(f"log-{name}.txt", "a") as log:
+    print("start", time.monotonic(), file=log)
+Path(f"pid-{name}.txt").write_text(str(os.getpid()))
+for wait in range(int(float(os.environ.get("TOY_SECONDS_" + name, "0")) * 10)):
+    print(f"\\r{name} {wait}", end="", file=sys.stderr, flush=True)
+    time.sleep(0.1)
+failures = Path(f"fail-{name}.txt")
+if failures.exists():
+    kind, *more = failures.read_text().split()
+    if more:
+        failures.write_text(" ".join(more))
+    else:
+        failures.unlink()
+    print("about to fail", flush=True)
+    sys.exit("error: stage `%s`: the raw file is torn" % name if kind == "mistake" else "ValueError: no luck this time")
+text = "".join(Path(path).read_text() for path in reads)
+Path(f"{name}.txt").write_text(text + name)
+Path(f"{name}.json").write_text('{"toy": {"length": %d}}' % len(text + name))
+with open(f"log-{name}.txt", "a") as log:
+    print("end", time.monotonic(), file=log)
+"""
+
+
+def stage_yaml(name: str, reads: str, meta: str) -> str:
+    return f"""
+  {name}:
+    cmd: python toy.py {name} {reads}
+    deps: [toy.py, {", ".join(["knob.txt", *reads.split()])}]
+    outs: [{name}.txt]
+    metrics: [{{{name}.json: {{cache: false}}}}]
+    meta: {{figure: toy.length, retry_delay_seconds: 0, {meta}}}
+"""
+
+
+@dataclass
+class Toy:
+    """A repository of three stages: `left` and `right` read nothing of each other, `last` reads both."""
+
+    root: Path
+    environment: dict[str, str]
+    mark: str = field(default_factory=lambda: f"RLHF_TEST_{uuid.uuid4().hex}")
+
+    def write(self, left: str = "retries: 0", right: str = "retries: 0", last: str = "retries: 0") -> None:
+        stages = [("left", "", left), ("right", "", right), ("last", "left.txt right.txt", last)]
+        (self.root / "dvc.yaml").write_text("stages:" + "".join(stage_yaml(*stage) for stage in stages))
+
+    def times(self, stage: str) -> list[tuple[str, float]]:
+        lines = (self.root / f"log-{stage}.txt").read_text().splitlines()
+        return [(word, float(when)) for word, when in (line.split() for line in lines)]
+
+    def starts(self, stage: str) -> int:
+        log = self.root / f"log-{stage}.txt"
+        return log.read_text().count("start") if log.exists() else 0
+
+    def popen(self, **environment: str) -> subprocess.Popen[str]:
+        """The flow in a process of its own, as a person starts it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.rlhf"],
+            cwd=self.root,
+            env=os.environ | self.environment | {self.mark: "1"} | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def processes(self) -> list[str]:
+        """All that this toy started and that still lives, whatever its parent is by now."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if self.mark in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(f"{process.pid} {' '.join(process.cmdline())}")
+            except psutil.Error:
+                continue
+        return found
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if holds():
+            return True
+        time.sleep(0.1)
+    return holds()
