@@ -23,8 +23,9 @@ def run(stage: Stage) -> None:
     check_room(params.text, model / "config.json")
     rows = read_tickets(stage.dep("data/raw/tickets"))
     check_prompts(rows, token_counter(model), params.text.max_prompt_tokens)
-    distinct = {prompt_id(row.prompt): row for _, _, row in reversed(rows)}  # of equal prompts the first one counts
-    distinct = dict(reversed(distinct.items()))
+    distinct: dict[str, RawTicket] = {}
+    for _, _, row in rows:
+        distinct.setdefault(prompt_id(row.prompt), row)  # of equal prompts the first one counts
     splits = split_prompts(distinct, params.prepare.splits, params.seed)
 
     out = stage.out("data/prepared")

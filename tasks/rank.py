@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from tasks.datasets import PromptTicket, Ranking, Samples, Ticket, read_rows, stable_share, write_json, write_rows
-from tasks.labels.simulated import choose_labeler, generator, rank, utility
+from tasks.datasets import PromptTicket, Ranking, Samples, read_rows, stable_share, write_json, write_rows
+from tasks.labels.checks import run_checks
+from tasks.labels.simulated import choose_labeler, generator, opinion, rank
 from tasks.params import Labeler
 from tasks.stage import Stage, UserError
 
@@ -19,8 +20,9 @@ def run(stage: Stage) -> None:
     params = stage.params
     samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
     tickets = {row.id: row.ticket for row in read_rows(stage.dep("data/prepared/tickets.jsonl"), PromptTicket)}
+    marks = {row.id: [run_checks(response, tickets[row.id]) for response in row.responses] for row in samples}
     rankings = [
-        rank_samples(row, tickets[row.id], params.labelers, params.seed, params.rank.held_out_share) for row in samples
+        rank_samples(row, marks[row.id], params.labelers, params.seed, params.rank.held_out_share) for row in samples
     ]
     if params.rank.held_out_share > 0 and len({row.held_out for row in rankings}) < 2:
         raise UserError(
@@ -29,7 +31,7 @@ def run(stage: Stage) -> None:
         )
     write_rows(stage.out("data/collected/rankings") / "rankings.jsonl", rankings)
 
-    opinions = {row.id: mean_utilities(row, tickets[row.id], params.labelers) for row in rankings}
+    opinions = {row.id: mean_utilities(row, marks[row.id], params.labelers) for row in samples}
     metrics = {
         "prompts": len(rankings),
         "held_out_prompts": sum(row.held_out for row in rankings),
@@ -50,15 +52,13 @@ def run(stage: Stage) -> None:
     )
 
 
-def rank_samples(
-    row: Samples, ticket: Ticket, labelers: Sequence[Labeler], seed: int, held_out_share: float
-) -> Ranking:
+Marks = list[dict[str, float]]  # of each response of one prompt, by check
+
+
+def rank_samples(row: Samples, marks: Marks, labelers: Sequence[Labeler], seed: int, held_out_share: float) -> Ranking:
     """One prompt's outputs as one labeler ranks them."""
     labeler = choose_labeler(labelers, seed, "rank", row.id)
-    utilities = [
-        utility(response, ticket, labeler, ended=ended)
-        for response, ended in zip(row.responses, row.ended, strict=True)
-    ]
+    utilities = [opinion(mark, labeler, ended=ended) for mark, ended in zip(marks, row.ended, strict=True)]
     return Ranking(
         **row.model_dump(),
         ranks=rank(utilities, labeler, generator(seed, "rank", row.id, labeler)),
@@ -67,11 +67,11 @@ def rank_samples(
     )
 
 
-def mean_utilities(row: Samples | Ranking, ticket: Ticket, labelers: Sequence[Labeler]) -> list[float]:
+def mean_utilities(row: Samples, marks: Marks, labelers: Sequence[Labeler]) -> list[float]:
     """What all labelers think of each response on average, without noise."""
     return [
-        sum(utility(response, ticket, labeler, ended=ended) for labeler in labelers) / len(labelers)
-        for response, ended in zip(row.responses, row.ended, strict=True)
+        sum(opinion(mark, labeler, ended=ended) for labeler in labelers) / len(labelers)
+        for mark, ended in zip(marks, row.ended, strict=True)
     ]
 
 

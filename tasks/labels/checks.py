@@ -36,7 +36,7 @@ def names_item(reply: str, ticket: Ticket) -> float:
     return 0.5 if _has_phrase(reply, ticket.item.split()[-1]) else 0.0
 
 
-def apologizes_once(reply: str, ticket: Ticket) -> float:
+def apologizes_once(reply: str, _ticket: Ticket) -> float:
     """One apology: none is rude, two are grovelling."""
     return float(len(_APOLOGY.findall(reply)) == 1)
 
@@ -62,7 +62,7 @@ def is_signed(reply: str, ticket: Ticket) -> float:
     return float(_has_phrase(" ".join(reply.split()[-SIGNATURE_WORDS:]), ticket.signer))
 
 
-def fits_length(reply: str, ticket: Ticket) -> float:
+def fits_length(reply: str, _ticket: Ticket) -> float:
     """Words from a fitting number to too few or too many, in a straight line. See FIT_WORDS."""
     none, low, high, too_many = FIT_WORDS
     words = len(reply.split())
@@ -179,7 +179,7 @@ _NEAR_DAY = re.compile(r"\b(today|tonight|tomorrow|yesterday)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
 _WORD = re.compile(r"[^\W\d_]+")
 _CAPITALISED = re.compile(r"\b[A-Z][a-z]+\b")
-_SENTENCE_START = re.compile(r"(?:^|[.!?:;\"“\n–—-])\s*$")
+_SENTENCE_START = re.compile(r"(?:^|[.!?:;\"“\n–—-]|^[^,.!?\n]+,)\s*$")  # after "Hi Ann," too
 _STANDS_ALONE = re.compile(r"\s*(?:,|$|\n)")
 _PROMISE = re.compile(
     r"\b(?:guarantee\w*|compensat\w*|bonus\w*|free gifts?|lifetime|surprise|priority|upgrade\w*)\b|[$€£]",
@@ -188,10 +188,12 @@ _PROMISE = re.compile(
 _BLANK = re.compile(r"\[[^\]]*\]|<[^>]*>|\{[^}]*\}|_{3,}|\w@\w|https?:|www\.", re.IGNORECASE)
 
 # Capitalised words that letters hold without naming anybody.
-_COMMON = frozenset(
+_LETTER_WORDS = (
     "dear hi hello hey greetings good morning afternoon evening day thanks thank you sorry apologies best kind warm "
     "regards wishes yours sincerely truly faithfully respectfully cheers warmly kindly please order item ticket "
     "customer representative manager department care service support team shop store sir madam unfortunately however "
     "also again therefore meanwhile finally first yes no we our it as the your this that if and but so re subject "
-    "reply offer deadline problem remedy refund replacement exchange credit".split()
+    "reply offer deadline problem remedy refund replacement exchange credit shortly soon hopefully additionally "
+    "furthermore meantime then now here there"
 )
+_COMMON = frozenset(_LETTER_WORDS.split())

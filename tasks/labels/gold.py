@@ -13,9 +13,12 @@ from tasks.labels.checks import CHECKS, run_checks
 
 WEIGHTS = {**dict.fromkeys(CHECKS, 0.1), "fluency": 0.1}
 
-# Mean log-probability per token under the frozen base model, in nats, that counts as 0 and as 1.
+# Mean log-probability per token under the frozen base model, in nats, that counts as 0 and as 1. Measured with
+# SmolLM2-135M-Instruct: flawless demonstrations -2.7 (-3.7 to -2.2), the same facts as mere keywords -4.5, a flawless
+# reply with its words shuffled -6.5. Endless repetition has -0.6: it gains nothing above LOGPROB_AT_ONE and fails the
+# checks.
 LOGPROB_AT_ZERO = -5.0
-LOGPROB_AT_ONE = -1.0
+LOGPROB_AT_ONE = -2.0
 
 
 def fluency(mean_logprob: float) -> float:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from tasks.datasets import Ticket, stable_share
-from tasks.labels.checks import run_checks
+from tasks.labels.checks import FIT_WORDS, run_checks
 from tasks.params import Flaw, Labeler
 
 # How often each flaw slips into a demonstration written without care.
@@ -152,13 +152,20 @@ def draw_flaws(labeler: Labeler, rng: random.Random) -> frozenset[Flaw]:
 def write_reply(ticket: Ticket, flaws: frozenset[Flaw], rng: random.Random, max_tokens: int) -> str:
     """A reply with these flaws and at most `max_tokens` tokens, by `token_bound`.
 
-    Wordings are drawn until one fits; where none of many does (a team's own ticket of many words), it is the shortest.
+    Wordings are drawn until one fits, in words too. Where none of many does (a team's own ticket of many words), it is
+    the shortest.
     """
     room = max_tokens - (PADDING_TOKENS if "padding" in flaws else 0)
-    drafts: list[list[str]] = []
-    while not drafts or (token_bound("\n".join(drafts[-1])) > room and len(drafts) < MAX_DRAFTS):
+
+    def too_long(parts: list[str]) -> bool:
+        text = "\n".join(parts)
+        return token_bound(text) > room or len(text.split()) > FIT_WORDS[2]
+
+    drafts = [_draft(ticket, flaws, rng)]
+    while too_long(drafts[-1]) and len(drafts) < MAX_DRAFTS:
         drafts.append(_draft(ticket, flaws, rng))
-    greeting, *body, closing = min(drafts, key=lambda parts: token_bound("\n".join(parts)))
+    fitting = drafts[-1] if not too_long(drafts[-1]) else min(drafts, key=lambda parts: token_bound("\n".join(parts)))
+    greeting, *body, closing = fitting
     breaks = rng.choice(("\n", " "))
 
     def join(body: list[str]) -> str:
@@ -236,7 +243,11 @@ def check_weights(labeler: Labeler) -> dict[str, float]:
 
 def utility(reply: str, ticket: Ticket, labeler: Labeler, *, ended: bool = True) -> float:
     """The labeler's opinion without noise: the weighted mean of the checks, in [0, 1], less UNENDED_COST if cut off."""
-    marks = run_checks(reply, ticket)
+    return opinion(run_checks(reply, ticket), labeler, ended=ended)
+
+
+def opinion(marks: dict[str, float], labeler: Labeler, *, ended: bool = True) -> float:
+    """`utility`, of the marks that a reply got."""
     weights = check_weights(labeler)
     mean = sum(weights[check] * mark for check, mark in marks.items()) / sum(weights.values())
     return mean - (0.0 if ended else UNENDED_COST)
