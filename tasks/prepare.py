@@ -6,6 +6,7 @@ A prompt's split depends on the seed and its own text alone: adding rows never m
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_tickets(folder: Path) -> list[tuple[Path, int, RawTicket]]:
 
 def check_room(text: Text, config: Path) -> None:
     """The model must take the longest prompt and response that the parameters allow."""
-    most = int(json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"])
+    most = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", math.inf)
     wanted = text.max_prompt_tokens + text.max_response_tokens + TEMPLATE_TOKENS
     if wanted > most:
         raise UserError(

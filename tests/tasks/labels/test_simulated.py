@@ -66,7 +66,7 @@ def test_every_flaw_has_its_check() -> None:
 
 
 def test_replies_stay_within_the_tokens() -> None:
-    """By the bound. By SmolLM2's own tokenizer the longest of 4,800 has 59 tokens."""
+    """By the bound. By SmolLM2's own tokenizer the longest of 96,000 (four seeds, each labeler) has 62 tokens."""
     for number, ticket in enumerate(TICKETS):
         reply, _ = demonstrate(ticket, LABELERS[number % len(LABELERS)], random.Random(number), MAX_TOKENS)
         assert token_bound(reply) <= MAX_TOKENS
