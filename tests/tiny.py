@@ -54,6 +54,7 @@ def tiny_model_dir(path: Path, *, reward: bool = False, seed: int = 0, texts: It
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=not reward,
+        initializer_range=0.2,  # with the usual 0.02 a tied model only echoes its last token
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
