@@ -6,7 +6,6 @@ start, with its migrations, takes longer. This one is started on a leash (flows/
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import subprocess
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows import leash
@@ -50,8 +51,7 @@ def prefect_server(say: Callable[[str], None]) -> Iterator[str]:
         wait_until_healthy(process, url, log)
         with temporary_settings({PREFECT_API_URL: url}):
             yield url
-            for handler in logging.getLogger("prefect.flow_runs").handlers:
-                handler.flush()  # the last lines are still on their way
+            send_the_rest()
     finally:
         process.terminate()
         process.wait()
@@ -66,6 +66,12 @@ def _environment() -> dict[str, str]:
     """Prefect's own switches for a server that is not for people: no page, no scheduler, no telemetry."""
     switches = {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
     return os.environ | switches | {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+
+
+def send_the_rest() -> None:
+    """Logs and states go to the server from background threads; without this the last ones are lost with the server."""
+    APILogWorker.drain_all(timeout=10)
+    EventsWorker.drain_all(timeout=10)
 
 
 def free_port() -> int:

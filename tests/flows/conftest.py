@@ -75,3 +75,4 @@ def in_toy(toy: Toy, records: dict[str, str], prefect_api: str, monkeypatch: pyt
         monkeypatch.setenv(name, value)
     with temporary_settings({PREFECT_API_URL: prefect_api, PREFECT_HOME: records["PREFECT_HOME"]}):
         yield toy
+        flows_server.send_the_rest()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import time
-from typing import cast
+from typing import Any, cast
 
+import httpx
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State
+from prefect.settings import get_current_settings
 
 from flows import dvc_stage
 from flows.report import Report, Row, figure_of
 from flows.rlhf import main, needed, rlhf
 from tasks.lineage import load_stages
-from tests.flows.toy import Toy
+from tests.flows.toy import Toy, wait_until
 
 
 def run(targets: list[str] | None = None) -> tuple[State[Report], dict[str, Row]]:
@@ -25,12 +25,15 @@ def run(targets: list[str] | None = None) -> tuple[State[Report], dict[str, Row]
 
 
 def states_in_prefect(state: State[Report]) -> dict[str, tuple[str, str]]:
-    """{stage: (name of the state, its message)} as Prefect's page shows them."""
-    flow_run = state.state_details.flow_run_id
-    assert flow_run
-    with get_client(sync_client=True) as client:
-        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])))
-    return {task.name: (task.state.name or "", task.state.message or "") for task in tasks if task.state}
+    """{stage: (name of the state, its message)} as Prefect's page shows them, once they have all arrived there."""
+    wanted = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
+
+    def seen() -> list[dict[str, Any]]:
+        answer = httpx.post(f"{get_current_settings().api.url}/task_runs/filter", json=wanted)
+        return cast("list[dict[str, Any]]", answer.raise_for_status().json())
+
+    assert wait_until(lambda: all(run["state_type"] not in ("RUNNING", "SCHEDULED") for run in seen()))
+    return {run["name"]: (run["state"]["name"], run["state"]["message"]) for run in seen()}
 
 
 def test_runs_skips_and_restores(in_toy: Toy) -> None:
