@@ -198,7 +198,7 @@ def test_falls_back_to_the_remote_and_refuses_damage(repo: Path, tmp_path: Path)
     assert hash_path(fetched("from remote")) == md5
 
     damage(remote, weights)
-    with pytest.raises(ValueError, match="data/models/sft/model.safetensors is damaged"):
+    with pytest.raises(ValueError, match=r"data/models/sft/model\.safetensors is damaged"):
         fetched("damaged weights")
     damage(remote, md5)
     with pytest.raises(ValueError, match="data/models/sft is damaged"):
