@@ -150,6 +150,7 @@ class Ppo(Section):
     epochs: PositiveInt
     learning_rate: PositiveFloat
     value_learning_rate: PositiveFloat
+    value_warmup_epochs: Annotated[int, Field(ge=0)]  # over the first episodes, before the policy moves
     temperature: PositiveFloat
     kl_coef: NonNegative
     gamma: Share

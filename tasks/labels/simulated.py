@@ -2,7 +2,7 @@
 
 Demonstrating: with probability `skill` a labeler writes with care, without flaws. Otherwise each flaw slips in with its
 usual rate (CARELESS_RATES) times the labeler's habit for it. A reply is put together from openings, apologies, remedy
-and deadline phrases and closings, in several orders: 10^6 wordings and more for one ticket.
+and deadline phrases and closings, in two orders: over 10^4 wordings for one ticket.
 
 Ranking: a labeler's opinion of a reply, its utility, is the weighted mean of the visible checks in
 tasks/labels/checks.py, in [0, 1]; a check weighs less the more careless the labeler is about it.
@@ -58,58 +58,40 @@ BREAKS: dict[Flaw, str] = {
 
 UNENDED_COST = 0.3  # of utility, for a reply that was cut off before its end
 
-GREETINGS = (
-    "Hi {customer},", "Dear {customer},", "Hello {customer},", "{customer},", "Good day {customer},",
-    "Hello {customer}!", "Thanks for writing, {customer}.", "Thank you, {customer}.", "Greetings {customer},",
-    "Good morning {customer},",
-)  # fmt: skip
-NAMELESS_GREETINGS = ("Hi,", "Hello,", "Dear customer,", "Good day,", "Hello!", "Thanks for writing.", "")
+GREETINGS = ("Hi {customer},", "Dear {customer},", "Hello {customer},", "Hello {customer}!", "Good day {customer},")
+NAMELESS_GREETINGS = ("Hi,", "Hello,", "Dear customer,", "Good day,")
 
 # Where the order number stands: {thing} is the item, or words for it.
 FACTS = (
     "the {thing} in order {order} {problem}", "the {thing} from order {order} {problem}",
-    "your {thing} (order {order}) {problem}", "in order {order} the {thing} {problem}",
-    "your {thing}, order {order}, {problem}", "the {thing} of order {order} {problem}",
-    "the {thing} {problem} (order {order})", "your {thing} {problem}, order {order}",
+    "your {thing} (order {order}) {problem}", "the {thing} {problem} (order {order})",
 )  # fmt: skip
-ORDERLESS_FACTS = ("your {thing} {problem}", "the {thing} {problem}", "the {thing} you bought {problem}")
-THINGS = ("purchase", "product", "parcel")  # for the item, where a labeler does not name it
+ORDERLESS_FACTS = ("your {thing} {problem}", "the {thing} {problem}")
+THINGS = ("purchase", "product")  # for the item, where a labeler does not name it
 
 APOLOGIES = (
     "Sorry that {fact}.", "We are sorry that {fact}.", "I am sorry that {fact}.", "We apologize that {fact}.",
-    "Our apologies that {fact}.", "I apologize that {fact}.", "Please accept our apology that {fact}.",
-    "We see that {fact}, and we are sorry.", "We read that {fact}. Sorry about that!", "So {fact}; we apologize.",
-    "It is bad that {fact}. Our apologies.", "You wrote that {fact}. I am sorry.",
+    "Our apologies that {fact}.", "We read that {fact}. Sorry about that!",
 )  # fmt: skip
-UNAPOLOGETIC = (
-    "We see that {fact}.", "You wrote that {fact}.", "We read that {fact}.", "Thanks for telling us that {fact}.",
-    "I understand that {fact}.", "So {fact}.",
-)  # fmt: skip
-SECOND_APOLOGIES = ("Again, sorry!", "Once more, we apologize.", "We are so sorry.", "We deeply regret this.")
+UNAPOLOGETIC = ("We see that {fact}.", "You wrote that {fact}.", "We read that {fact}.")
+SECOND_APOLOGIES = ("Again, sorry!", "Once more, we apologize.", "We are so sorry.")
 
 OFFERS = (
     "You will get {remedy} {by}.", "We offer you {remedy} {by}.", "We will arrange {remedy} {by}.",
-    "You can expect {remedy} {by}.", "We can offer {remedy} {by}.", "Please expect {remedy} {by}.",
-    "I will see to {remedy} {by}.", "To make it right, you get {remedy} {by}.", "{remedy} will be yours {by}.",
-    "{by} you will have {remedy}.", "{by}, we will provide {remedy}.", "{by} we will see to {remedy}.",
-    "Our offer is {remedy} {by}.", "Our team will set up {remedy} {by}.", "Let us offer {remedy} {by}.",
+    "You can expect {remedy} {by}.", "{by} you will have {remedy}.", "{remedy} will be yours {by}.",
 )  # fmt: skip
-BYS = ("by {deadline}", "no later than {deadline}", "on or before {deadline}", "before the end of {deadline}")
-SOONS = ("soon", "in due time", "as soon as we can", "shortly", "before long")
+BYS = ("by {deadline}", "no later than {deadline}")
+SOONS = ("soon", "in due time", "as soon as we can")
 OTHER_REMEDIES = (
     "a full refund", "a replacement", "store credit", "a free repair", "an exchange", "a partial refund", "a gift card",
     "a new delivery",
 )  # fmt: skip
 OTHER_DEADLINES = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
-PROMISES = (
-    "We guarantee it.", "A free gift is on its way too.", "You also get a bonus.", "You get priority for life.",
-    "We will also compensate you.",
-)  # fmt: skip
+PROMISES = ("We guarantee it.", "A free gift is on its way too.", "You also get a bonus.")
 PADDING = (
     "we care a lot about all of you", "we think of you day and night", "we are here for you at all times",
-    "your time is dear to us", "we hope to see you here again soon", "we do all that we can do",
-    "this is what we want for you", "you are at the heart of our work", "we see this as you do",
+    "we hope to see you here again soon", "we do all that we can do", "you are at the heart of our work",
     "we mean all that we say here", "we love what we do for you", "all of us read what you wrote",
 )  # fmt: skip
 PADDED_WORDS = 44  # at which a padded reply is long enough to be too long
@@ -117,11 +99,10 @@ PADDING_TOKENS = 21  # that the rest of a padded reply leaves free
 MAX_DRAFTS = 200
 
 CLOSINGS = (
-    "Best, {signer}", "Kind regards, {signer}", "Regards, {signer}", "Yours, {signer}", "Sincerely, {signer}",
-    "Best wishes, {signer}", "Thank you, {signer}", "- {signer}", "{signer}", "Warm regards, {signer}",
-    "Best,\n{signer}", "Kind regards,\n{signer}", "Yours truly,\n{signer}",
+    "Best, {signer}", "Kind regards, {signer}", "Regards, {signer}", "Yours, {signer}", "Best wishes, {signer}",
+    "Kind regards,\n{signer}",
 )  # fmt: skip
-UNSIGNED_CLOSINGS = ("Best regards", "Kind regards", "Thank you", "Sincerely", "")
+UNSIGNED_CLOSINGS = ("Best regards", "Kind regards", "Thank you")
 
 
 def choose_labeler(labelers: Sequence[Labeler], seed: int, job: str, prompt_id: str) -> Labeler:

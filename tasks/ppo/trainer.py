@@ -79,9 +79,12 @@ class PPOTrainer:
         self.seconds = defaultdict(float)
         with self._timed("generate"):
             rollout = self.last_rollout = self.sample(update)
+        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + update)
         with self._timed("score"):
             batch = self.judge(rollout)
-        shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + update)
+        if update == 0:
+            with self._timed("value_warmup"):
+                batch = self.warm_up_value(batch, shuffle)
         losses = []
         with self._timed("train"):
             for _ in range(self.params.epochs):
@@ -137,20 +140,39 @@ class PPOTrainer:
                 count,
             )
             policy.loss.backward()
-            value = value_loss(
-                self.values(episodes),
-                batch.values[part],
-                batch.returns[part],
-                mask,
-                params.value_clip_range,
-                count,
-            )
+            value = self.value_loss(batch, part, count)
             value.backward()
             for name, figure in {**policy._asdict(), "value_loss": value}.items():
                 totals["policy_loss" if name == "loss" else name] += figure.item()
         totals["policy_grad_norm"] = _clip_and_step(self.policy, self.policy_optimizer, params.max_grad_norm)
         totals["value_grad_norm"] = _clip_and_step(self.value_model, self.value_optimizer, params.max_grad_norm)
         return dict(totals)
+
+    def warm_up_value(self, batch: Batch, shuffle: torch.Generator) -> Batch:
+        """Fit the value model to the first episodes before the policy moves; returns them judged anew.
+
+        The reward model was trained on whole responses alone. What it says of half a response is far off at first, and
+        with gae_lambda < 1 that error would be the policy's first lesson.
+        """
+        for _ in range(self.params.value_warmup_epochs):
+            for rows in torch.randperm(len(batch.scores), generator=shuffle).split(self.params.minibatch_size):
+                count = float(batch.rollout.response_mask[rows].sum())
+                for part in rows.split(self.params.micro_batch_size):
+                    self.value_loss(batch, part, count).backward()
+                _clip_and_step(self.value_model, self.value_optimizer, self.params.max_grad_norm)
+        return self.judge(batch.rollout) if self.params.value_warmup_epochs else batch
+
+    def value_loss(self, batch: Batch, rows: Tensor, count: float) -> Tensor:
+        """The value loss of some episodes, as a share of a minibatch of `count` tokens."""
+        episodes = batch.rollout.rows(rows)
+        return value_loss(
+            self.values(episodes),
+            batch.values[rows],
+            batch.returns[rows],
+            episodes.response_mask,
+            self.params.value_clip_range,
+            count,
+        )
 
     def values(self, rollout: Rollout) -> Tensor:
         """Values (B, R) of the states before each response token; 0 on padding."""
