@@ -50,8 +50,10 @@ def prefect_server(say: Callable[[str], None]) -> Iterator[str]:
     try:
         wait_until_healthy(process, url, log)
         with temporary_settings({PREFECT_API_URL: url}):
-            yield url
-            send_the_rest()
+            try:
+                yield url
+            finally:
+                send_the_rest()
     finally:
         process.terminate()
         process.wait()

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
@@ -63,8 +62,7 @@ def toy(tmp_path: Path, records: dict[str, str]) -> Iterator[Toy]:
     toy = Toy(root, records | {"PYTHONPATH": path, "COLUMNS": "200"})
     toy.write()
     yield toy
-    for line in toy.processes():  # a failed test must not leave what it found
-        psutil.Process(int(line.split()[0])).kill()
+    toy.end()
 
 
 @pytest.fixture

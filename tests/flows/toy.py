@@ -61,6 +61,7 @@ class Toy:
 
     root: Path
     environment: dict[str, str]
+    flows: list[subprocess.Popen[str]] = field(default_factory=list)
     mark: str = field(default_factory=lambda: f"RLHF_TEST_{uuid.uuid4().hex}")
 
     def write(self, left: str = "retries: 0", right: str = "retries: 0", last: str = "retries: 0") -> None:
@@ -77,7 +78,7 @@ class Toy:
 
     def popen(self, **environment: str) -> subprocess.Popen[str]:
         """The flow in a process of its own, as a person starts it."""
-        return subprocess.Popen(
+        flow = subprocess.Popen(
             [sys.executable, "-m", "flows.rlhf"],
             cwd=self.root,
             env=os.environ | self.environment | {self.mark: "1"} | environment,
@@ -85,6 +86,16 @@ class Toy:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        self.flows.append(flow)
+        return flow
+
+    def end(self) -> None:
+        """A failed test must not leave what it found."""
+        for line in self.processes():
+            psutil.Process(int(line.split()[0])).kill()
+        for flow in self.flows:
+            with flow:
+                pass
 
     def processes(self) -> list[str]:
         """All that this toy started and that still lives, whatever its parent is by now."""

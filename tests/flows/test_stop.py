@@ -1,0 +1,53 @@
+"""Stopping the flow in every way leaves no process, and a dvc.lock that the next run picks up."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.flows.toy import Toy, wait_until
+
+
+def _locked(toy: Toy) -> set[str]:
+    lock = toy.root / "dvc.lock"
+    return set(YAML(typ="safe").load(lock)["stages"]) if lock.exists() else set()
+
+
+# DVC runs a stage through $SHELL: none may stay between DVC and the stage, or be left behind
+@pytest.mark.parametrize(
+    ("how", "code", "shell"),
+    [
+        (signal.SIGINT, 130, "bash"),
+        (signal.SIGTERM, 143, "dash"),
+        (signal.SIGKILL, -9, "bash"),
+        (signal.SIGKILL, -9, "dash"),
+    ],
+    ids=lambda value: value.name if isinstance(value, signal.Signals) else str(value),
+)
+def test_no_orphan_and_the_next_run_goes_on(
+    toy: Toy, how: signal.Signals, code: int, shell: str, prefect_api: str
+) -> None:
+    path = shutil.which(shell)
+    if not path:
+        pytest.skip(f"no {shell} here")
+    # PREFECT_API_URL is not set: the flow starts its own server, which must go as well
+    flow = toy.popen(SHELL=path, TOY_SECONDS_right="300")
+    assert wait_until(lambda: "left" in _locked(toy) and toy.starts("right") == 1), flow.communicate(timeout=5)
+    assert len(toy.processes()) >= 5  # flow, server, its leash, the stage's leash, dvc, stage
+
+    flow.send_signal(how)
+    output, _ = flow.communicate(timeout=30)
+    assert wait_until(lambda: not toy.processes(), 10), toy.processes()
+    assert flow.returncode == code
+    assert "Traceback" not in output
+    assert _locked(toy) == {"left"}
+
+    again = toy.popen(SHELL=path, PREFECT_API_URL=prefect_api)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert _locked(toy) == {"left", "right", "last"}
+    assert toy.starts("left") == 1
+    assert toy.processes() == []
