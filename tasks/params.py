@@ -237,6 +237,8 @@ def _keys_of(section: list[str]) -> list[str]:
             model = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}.get(part)
         if get_origin(model) is list:
             continue
+        # of an optional section, the section
+        model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)
         if not hasattr(model, "model_fields"):
             return []
     return [field.alias or name for name, field in model.model_fields.items()]

@@ -1,0 +1,86 @@
+"""What dvc.yaml, dvc.lock and git say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tasks.lineage import git_state, hash_path, load_stages, locked_outs, upstream
+from tests.tiny import shell, tiny_repo
+
+DVC_YAML = """
+stages:
+  last:
+    cmd: cat data/b/part
+    deps: [data/b/part, tasks/last.py]
+    metrics: [{data/report.json: {cache: false}}]
+  first:
+    cmd: mkdir -p data/a data/b/sub && echo 1 > data/a/x && echo 2 > data/b/part && echo 3 > data/b/sub/file
+    params: [seed, ppo.kl_coef]
+    outs: [data/a, data/b]
+  middle:
+    cmd: echo middle > data/c
+    deps: [data/a, tasks/ppo]
+    outs: [{data/c: {persist: true}}]
+    plots: [data/curve.csv]
+    meta: {retries: 2}
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "dvc.yaml").write_text(DVC_YAML)
+    return tmp_path
+
+
+def test_stages_come_in_an_order_in_which_they_can_run(root: Path) -> None:
+    names = list(load_stages(root))
+    assert set(names) == {"first", "middle", "last"}
+    assert names.index("first") < min(names.index("middle"), names.index("last"))
+
+
+def test_stage_as_declared(root: Path) -> None:
+    specs = load_stages(root)
+    assert specs["first"].params == ("seed", "ppo.kl_coef")
+    assert specs["middle"].outs == ("data/c", "data/curve.csv")
+    assert specs["middle"].meta == {"retries": 2}
+    assert specs["middle"].data_deps == ("data/a",), "tasks/ppo is code"
+    assert specs["last"].outs == ("data/report.json",)
+    assert specs["last"].data_deps == ("data/b/part",)
+
+
+def test_upstream_knows_folders_and_what_lies_in_them(root: Path) -> None:
+    assert upstream(load_stages(root)) == {"first": set(), "middle": {"first"}, "last": {"first"}}
+
+
+def test_a_dep_with_the_same_beginning_is_not_upstream(root: Path) -> None:
+    text = DVC_YAML.replace("data/b/part, tasks", "data/bcd, tasks")
+    (root / "dvc.yaml").write_text(text)
+    assert upstream(load_stages(root))["last"] == set()
+
+
+def test_hashes_are_those_of_dvc_lock(tmp_path: Path) -> None:
+    repo = tiny_repo(tmp_path / "repo")
+    (repo / "params.yaml").write_text("seed: 1\nppo: {kl_coef: 0.1}\n")
+    (repo / "dvc.yaml").write_text(DVC_YAML)
+    assert locked_outs("first", repo) == {}
+    shell(repo, "dvc", "repro", "--quiet", "first")
+    locked = YAML(typ="safe").load(repo / "dvc.lock")["stages"]["first"]["outs"]
+    assert locked_outs("first", repo) == {out["path"]: out["md5"] for out in locked}
+    assert locked_outs("first", repo) == {path: hash_path(repo / path) for path in ("data/a", "data/b")}
+    assert hash_path(repo / "data/b/part") == "26ab0db90d72e28ad0ba1e22ee510510"  # md5 of "2\n"
+    assert locked_outs("middle", repo) == {}
+
+
+def test_git_state(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == ("none", True)
+    shell(tmp_path, "git", "init", "--quiet")
+    assert git_state(tmp_path) == ("none", True), "no commit yet"
+    repo = tiny_repo(tmp_path / "repo")
+    (repo / "untracked").write_text("x")
+    commit, dirty = git_state(repo)
+    assert (len(commit), dirty) == (40, False)
+    (repo / ".dvcignore").write_text("changed")
+    assert git_state(repo) == (commit, True)
