@@ -1,0 +1,174 @@
+"""The real stages from end to end on a tiny language model: by DVC, by the flow, by hand, and again by force."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tasks.base import folder_sha256
+from tasks.lineage import hash_path, load_stages, locked_outs
+from tasks.tickets import generate
+from tests.tiny import tiny_model_dir
+
+ROOT = Path(__file__).parents[1]
+yaml = YAML()
+
+SMALL: dict[str, dict[str, Any]] = {
+    "text": {"max_prompt_tokens": 150, "max_response_tokens": 70},
+    "tickets": {"count": 80},
+    "demonstrate": {"prompts": 12},
+    "sft": {"trainable_layers": 1, "epochs": 2, "batch_size": 4, "validation_share": 0.3},
+    "sample": {"prompts": 10, "responses_per_prompt": 3, "batch_size": 12},
+    "rank": {"held_out_share": 0.4},
+    "reward": {"trainable_layers": 1, "epochs": 1, "batch_prompts": 2, "centre_on": 4},
+    "ppo": {
+        "trainable_layers": 1,
+        "updates": 2,
+        "batch_size": 4,
+        "samples_per_prompt": 2,
+        "minibatch_size": 2,
+        "micro_batch_size": 2,
+        "value_warmup_epochs": 1,
+    },
+    "evaluate": {"prompts": 4, "batch_size": 4, "bootstrap_samples": 100},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [row.prompt for row in generate(seed=1, count=200)]
+    return tiny_model_dir(tmp_path_factory.mktemp("tiny") / "model", texts=texts)
+
+
+@pytest.fixture(scope="module")
+def make_repo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A clone of this repository's code with small parameters, its own DVC cache and MLflow store."""
+
+    def make(name: str) -> Path:
+        repo = tmp_path_factory.mktemp(name) / "repo"
+        repo.mkdir()
+        for part in ("flows", "tasks", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore"):
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, repo / part, ignore=shutil.ignore_patterns("__pycache__"))
+            elif (ROOT / part).exists():
+                shutil.copy(ROOT / part, repo / part)
+        (repo / ".dvc").mkdir()
+        for part in ("config", ".gitignore"):
+            shutil.copy(ROOT / ".dvc" / part, repo / ".dvc" / part)
+        params = yaml.load(repo / "params.yaml")
+        for section, values in SMALL.items():
+            params[section].update(values)
+        params["base"].update(model=f"folder:{model}", sha256=folder_sha256(model), chat_template=None)
+        yaml.dump(params, repo / "params.yaml")
+        subprocess.run(["git", "init", "--quiet"], cwd=repo, check=True)
+        return repo
+
+    return make
+
+
+def command(repo: Path, *arguments: str, fails: bool = False) -> str:
+    """Run a module in the repository, as a person would; returns all that it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RLHF_"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(repo / ".prefect"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{repo / 'mlflow.db'}",
+        "COLUMNS": "200",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=repo, env=environment, capture_output=True, text=True, check=False
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    return output
+
+
+def outs_of(repo: Path) -> dict[str, str]:
+    return {path: md5 for stage in load_stages(repo) for path, md5 in locked_outs(stage, repo).items()}
+
+
+@pytest.fixture(scope="module")
+def by_dvc(make_repo: Any) -> Path:
+    repo: Path = make_repo("by-dvc")
+    command(repo, "dvc", "repro")
+    return repo
+
+
+def test_dvc_repro_makes_every_out_and_its_lock(by_dvc: Path) -> None:
+    specs = load_stages(by_dvc)
+    assert set(outs_of(by_dvc)) == {out for spec in specs.values() for out in spec.outs}
+    evaluation = json.loads((by_dvc / "data/reports/evaluation/metrics.json").read_text())
+    assert {"base", "sft", "policy", "gain", "gain_low", "gain_high"} <= set(evaluation["gold"])
+    assert {"win_rate", "win_rate_low", "win_rate_high", "kl"} <= set(evaluation)
+    assert {"sft", "policy"} <= set(evaluation["fluency"])
+    assert 0 <= json.loads((by_dvc / "data/reports/reward/metrics.json").read_text())["reward"]["accuracy"] <= 1
+
+
+def test_nothing_is_unpickled_and_nothing_is_left_over(by_dvc: Path) -> None:
+    files = [path for path in (by_dvc / "data").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    assert not list((by_dvc / "data").rglob(".tmp-*"))
+
+
+def test_each_stage_alone_gives_the_same_bits(by_dvc: Path) -> None:
+    """`python -m tasks.run STAGE` for all of them, over what `dvc repro` made."""
+    recorded = outs_of(by_dvc)
+    for stage in load_stages(by_dvc):
+        command(by_dvc, "tasks.run", stage)
+    assert {path: hash_path(by_dvc / path) for path in recorded} == recorded
+
+
+def test_the_flow_gives_the_same_lock_and_shows_what_it_did(by_dvc: Path, make_repo: Any) -> None:
+    """Then everything again by force leaves dvc.lock as it is, and a second flow run finds all stages cached."""
+    repo: Path = make_repo("by-flow")
+    first = command(repo, "flows.rlhf")
+    assert all(stage in first for stage in load_stages(repo))
+    assert "policy" in first
+    assert (repo / "dvc.lock").read_text() == (by_dvc / "dvc.lock").read_text()
+
+    again = command(repo, "flows.rlhf")
+    assert again.lower().count("cached") >= len(load_stages(repo))
+
+    before = (repo / "dvc.lock").read_text()
+    command(repo, "dvc", "repro", "--force")
+    assert (repo / "dvc.lock").read_text() == before
+
+
+def test_a_changed_ppo_parameter_runs_ppo_and_what_follows_and_comes_back_from_the_run_cache(by_dvc: Path) -> None:
+    path = by_dvc / "params.yaml"
+    original, before = path.read_text(), outs_of(by_dvc)
+    params = yaml.load(path)
+    params["ppo"]["kl_coef"] = 0.5
+    yaml.dump(params, path)
+    changed = command(by_dvc, "dvc", "repro")
+    assert [stage for stage in load_stages(by_dvc) if f"Running stage '{stage}'" in changed] == [
+        "ppo",
+        "evaluate",
+        "register",
+    ]
+
+    path.write_text(original)
+    restored = command(by_dvc, "dvc", "repro")
+    assert [stage for stage in load_stages(by_dvc) if f"Running stage '{stage}'" in restored] == ["register"]
+    assert outs_of(by_dvc) == before
+
+
+def test_an_unknown_key_is_named_with_the_nearest_right_one(by_dvc: Path) -> None:
+    path = by_dvc / "params.yaml"
+    original = path.read_text()
+    try:
+        path.write_text(original.replace("kl_coef:", "kl_coeff:"))
+        output = command(by_dvc, "tasks.run", "tickets", fails=True)
+    finally:
+        path.write_text(original)
+    assert "ppo.kl_coeff" in output
+    assert "kl_coef" in output
+    assert "Traceback" not in output
