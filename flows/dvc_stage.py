@@ -35,6 +35,7 @@ from tasks.lineage import StageSpec
 LOCK_WAIT_SECONDS = 600.0
 LOCK_POLL_SECONDS = 5.0
 ERROR_LINES = 15
+BAR_COLUMNS = "66"  # a progress bar, its time left included, beside the stage's name on 80 columns
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Pool:
     def start(self, command: list[str], ids: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
         """The command on its leash, with the flow's environment first in PATH and its output in one pipe."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        environment = os.environ | ids | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | ids | {"PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_NCOLS": BAR_COLUMNS}
         with self._changed:
             process = subprocess.Popen(
                 leashed(["true"] if self.stopped else command, spare=True),

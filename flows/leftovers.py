@@ -32,6 +32,6 @@ def mend_leftovers(root: Path = Path()) -> None:
 
 def _is_dvc(pid: int) -> bool:
     try:
-        return any("dvc" in part for part in psutil.Process(pid).cmdline())
+        return any(Path(word).name == "dvc" for word in psutil.Process(pid).cmdline()[:3])  # python [-m] dvc ...
     except psutil.Error:
         return False

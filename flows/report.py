@@ -19,6 +19,7 @@ from flows.dvc_stage import Outcome
 from tasks.lineage import StageSpec, git_state, locked_outs
 
 SAMPLES = Path("data/reports/evaluation/samples.jsonl")
+WIDE = 140  # columns from which a whole address fits into the table
 COLOURS = {"ran": "green", "cached": "blue", "failed": "bold red", "not run": "dim"}
 
 
@@ -121,7 +122,12 @@ def publish(report: Report) -> None:
 
 
 def print_report(report: Report, console: Console) -> None:
-    console.print(_table(report))
+    wide = console.width >= WIDE
+    console.print(_table(report, wide))
+    if not wide:
+        for row in report:
+            if row.url:
+                console.print(f"{row.stage:<12} {row.url}", soft_wrap=True)
     for row in report:
         if row.error:
             console.print(Text(f"\n{row.stage} failed:", style="bold red"), Text(row.error), sep="\n", soft_wrap=True)
@@ -130,20 +136,21 @@ def print_report(report: Report, console: Console) -> None:
         return
     if SAMPLES.exists():
         console.print(_answers(json.loads(SAMPLES.read_text().splitlines()[0])))
-    console.print(_NEXT)
+    console.print(_NEXT, soft_wrap=True)
 
 
-def _table(report: Report) -> Table:
+def _table(report: Report, wide: bool) -> Table:
+    """`wide`: with whole addresses; else with the start of the run's id, to click where the terminal can."""
     table = Table(title="rlhf", title_justify="left")
     for heading in ("stage", "result"):
         table.add_column(heading, no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
-    table.add_column("main figure", no_wrap=True)
-    table.add_column("MLflow run", overflow="fold")
+    for heading in ("main figure", "MLflow run"):
+        table.add_column(heading, no_wrap=True)
     for row in report:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
-        # a link to click where the terminal can, and the whole address to copy where it cannot
-        link = Text(row.url, style=f"link {row.url}" if row.url else "")
+        shown = row.url if wide else row.url.rpartition("/")[2][:8]
+        link = Text(shown, style=f"link {row.url}" if row.url else "")
         table.add_row(row.stage, Text(row.status, style=COLOURS[row.status]), seconds, row.figure, link)
     return table
 

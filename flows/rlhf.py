@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         targets = _parse(argv)
-        console = Console(soft_wrap=not sys.stdout.isatty())
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         with terminal() as log, prefect_server(log.print):
             state = rlhf(targets, return_state=True)
         report = cast("Report | Exception", state.result(raise_on_failure=False))

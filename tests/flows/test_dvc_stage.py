@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from flows import dvc_stage
 from flows.dvc_stage import Pool, error_of, is_dvc_chatter, split_output, stage_started
+from flows.leftovers import mend_leftovers
 
 
 def _split(*chunks: bytes) -> list[tuple[str, str]]:
@@ -109,3 +113,25 @@ def test_a_stopped_pool_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> Non
             pass
         waiting.join(5)
         assert not waiting.is_alive()
+
+
+def test_a_busy_list_of_the_dead_is_removed_and_of_the_living_kept(tmp_path: Path) -> None:
+    busy = tmp_path / ".dvc/tmp/rwlock"
+    busy.parent.mkdir(parents=True)
+    mend_leftovers(tmp_path)  # nothing there, nothing to do
+    for text in ("", '{"write": {"a', json.dumps({"write": {"a": {"pid": os.getpid(), "cmd": "dvc repro"}}})):
+        busy.write_text(text)  # torn, or a process id that another program has got
+        mend_leftovers(tmp_path)
+        assert not busy.exists()
+    with subprocess.Popen(["sleep", "60"], executable=_sleeping_dvc(tmp_path)) as living:
+        busy.write_text(json.dumps({"read": {"a": [{"pid": living.pid, "cmd": "dvc repro"}]}}))
+        mend_leftovers(tmp_path)
+        assert busy.exists()
+        living.kill()
+
+
+def _sleeping_dvc(folder: Path) -> str:
+    dvc = folder / "dvc"
+    dvc.write_text("#!/bin/sh\nsleep 60\n")
+    dvc.chmod(0o755)
+    return str(dvc)
