@@ -486,7 +486,7 @@ class Mirror(threading.Thread):
     def _warn(self, more: str = "") -> None:
         if not self._warned:
             print(
-                f"warning: {_unreachable(self._failure)}. The stage is not affected; its record is kept in "
+                f"warning: {_unreachable(self._failure)}. What the stage logs is kept in "
                 f"{JOURNALS / self._journal.id}. {more}\n"
                 "To send what MLflow missed, once it can be reached: python -m tasks.tracking replay",
                 file=sys.stderr,
@@ -498,6 +498,8 @@ def _unreachable(error: Exception | None) -> str:
     where = masked(tracking_uri())
     if error is None:
         return f"MLflow at {where} has not answered in time"
+    while error.__context__ is not None and isinstance(error.__context__, Exception):  # down to what happened first
+        error = error.__context__
     reason = masked(str(error)).strip().splitlines() or [type(error).__name__]
     return f"MLflow at {where} cannot be reached ({reason[0][:200]})"
 
