@@ -109,7 +109,7 @@ def read_rows(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
     rows = []
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(lines, start=1):  # noqa: B007
                 rows.append(row_type.model_validate_json(line))
     except ValidationError as error:
         problem = error.errors()[0]

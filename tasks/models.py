@@ -199,7 +199,7 @@ class Branch(nn.Module):
 
         A vocabulary head is tied to the embedding: where that is frozen, it is shared and not copied.
         """
-        head = self.head.weight
+        head: Any = self.head.weight
         shared = trainable_layers != "all" and head.shape[0] > 1
         clone = copy.deepcopy(self, {id(head): head} if shared else None)
         clone.requires_grad_(trainable_layers == "all")
@@ -322,4 +322,4 @@ def score_sequences(model: Any, sequences: list[list[int]], pad: int, batch_size
         scores[chosen] = score_last(branch, states, mask)
         if bar is not None:
             bar.update(len(chosen))
-    return scores - model.config.score_bias
+    return scores - float(model.config.score_bias)

@@ -46,7 +46,7 @@ class RegisteredModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
             ).eval()
         self.tokenizer.padding_side = "left"
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[Any]:  # noqa: ARG002
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[Any]:
         """A list of prompts serves as well. MLflow enforces any other hint, and warns of none."""
         answer = self._score if self.config["kind"] == "reward" else self._reply
         texts = self._texts(model_input)

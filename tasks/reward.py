@@ -1,9 +1,9 @@
 """Stage `reward`: train the reward model on the rankings (InstructGPT, step 2, section 3.5).
 
-`python -m tasks.run reward`. The model starts from the SFT model with a new scalar head. All pairs of a prompt are one
-batch element and each response goes through the model once. TRL's RewardTrainer is not used here: it forwards a response
-once for every pair that it stands in, K - 1 times, and through all blocks at every step; here the frozen trunk's states
-are computed once and serve every epoch.
+`python -m tasks.run reward`. The model starts from the SFT model with a new scalar head. All pairs of a prompt are
+one batch element and each response goes through the model once. TRL's RewardTrainer is not used here: it forwards a
+response once for every pair that it stands in, K - 1 times, and through all blocks at every step; here the frozen
+trunk's states are computed once and serve every epoch.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run(stage: Stage) -> None:
 def kwise_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     """InstructGPT, equation 1, for one prompt: mean over its pairs of -log sigmoid(score of better - score of worse).
 
-    scores (K,), ranks (K,) where 1 is best. Pairs that are tied say nothing about an order and are left out of the mean.
+    scores (K,), ranks (K,) where 1 is best. Pairs that are tied say nothing about an order; the mean leaves them out.
     """
     better, worse = ordered_pairs(ranks)
     return -F.logsigmoid(scores[better] - scores[worse]).mean()

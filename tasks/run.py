@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     spec = specs[args.stage]
     started = time.monotonic()
-    # Large tensors in large pages: training steps over a big vocabulary take a quarter less time. Torch reads this once.
+    # Large tensors in large pages: steps over a big vocabulary take a quarter less time. Torch reads this once.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         params = load_params(Path("params.yaml"))

@@ -1,7 +1,7 @@
 """Stage `sample`: K outputs of the SFT model for each prompt, for the labelers to rank (InstructGPT, step 2).
 
-`python -m tasks.run sample`. The random numbers of an output depend on the seed, the prompt and the output's place alone,
-so that a sub-set of the prompts gives the outputs that the whole gives.
+`python -m tasks.run sample`. The random numbers of an output depend on the seed, the prompt and the output's place
+alone, so that a sub-set of the prompts gives the outputs that the whole gives.
 """
 
 from __future__ import annotations

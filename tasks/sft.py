@@ -1,7 +1,7 @@
 """Stage `sft`: fine-tune the base model on the demonstrations (InstructGPT, step 1).
 
-`python -m tasks.run sft`. TRL's SFTTrainer does the training; the loss is on the response alone, the end token included.
-The epoch with the lowest validation loss is kept.
+`python -m tasks.run sft`. TRL's SFTTrainer does the training; the loss is on the response alone, the end token
+included. The epoch with the lowest validation loss is kept.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def split_for_validation(
     training = [row for row in demonstrations if place(row) >= share]
     if not validation or not training:
         raise UserError(
-            f"sft.validation_share {share} of {len(demonstrations)} demonstrations leaves {len(training)} to train on and "
-            f"{len(validation)} to validate on; both need at least one."
+            f"sft.validation_share {share} of {len(demonstrations)} demonstrations leaves {len(training)} to train on "
+            f"and {len(validation)} to validate on; both need at least one."
         )
     return training, validation
 

@@ -1,7 +1,7 @@
 """PPO's losses as pure functions. B episodes, R response tokens; masks: True means keep.
 
-Each loss is a sum over tokens divided by `count`, the number of tokens of the whole minibatch: adding up the gradients of
-its micro-batches gives the minibatch's gradient, whatever the micro-batches' sizes and lengths.
+Each loss is a sum over tokens divided by `count`, the number of tokens of the whole minibatch: adding up the gradients
+of its micro-batches gives the minibatch's gradient, whatever the micro-batches' sizes and lengths.
 """
 
 from __future__ import annotations

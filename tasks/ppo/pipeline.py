@@ -33,7 +33,8 @@ def train_policy(stage: Stage) -> None:
     prompts = read_rows(stage.dep("data/prepared/prompts/ppo.jsonl"), Prompt)
     if params.batch_size % params.samples_per_prompt:
         raise UserError(
-            f"ppo.batch_size {params.batch_size} is not a multiple of ppo.samples_per_prompt {params.samples_per_prompt}."
+            f"ppo.batch_size {params.batch_size} is not a multiple of "
+            f"ppo.samples_per_prompt {params.samples_per_prompt}."
         )
     if params.minibatch_size > params.batch_size:
         raise UserError(
@@ -48,7 +49,7 @@ def train_policy(stage: Stage) -> None:
     value_model = reward_branch.trainable_copy(params.trainable_layers)
 
     def score(rollout: Rollout) -> Tensor:
-        return score_last_token(reward_branch, rollout) - reward_model.config.score_bias
+        return score_last_token(reward_branch, rollout) - float(reward_model.config.score_bias)
 
     trainer = PPOTrainer(
         trunk,
@@ -64,7 +65,7 @@ def train_policy(stage: Stage) -> None:
         pad_token=tokenizer.pad_token_id,
         value_bias=reward_model.config.score_bias,
     )
-    history = []
+    history: list[dict[str, float]] = []
     with tqdm(total=params.updates, desc="ppo", unit="update") as bar:
         for metrics in trainer:
             history.append({"update": len(history) + 1, **metrics})

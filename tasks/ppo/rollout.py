@@ -153,15 +153,15 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 def states_before(branch: Branch, rollout: Rollout) -> Tensor:
     """The branch's final states (B, R, H) from which each response token is predicted: one position before it."""
-    final = branch(rollout.states, causal_mask(rollout.mask), positions_of(rollout.mask))
+    final: Tensor = branch(rollout.states, causal_mask(rollout.mask), positions_of(rollout.mask))
     return final[:, rollout.prompt_length - 1 : -1]
 
 
 def response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probabilities (B, R) of the response tokens at a temperature; 0 on padding.
 
-    The head, dear over a large vocabulary, sees the kept response positions alone. Without gradients the rows go through
-    in chunks, for memory.
+    The head, dear over a large vocabulary, sees the kept response positions alone. Without gradients the rows go
+    through in chunks, for memory.
     """
     if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in branch.parameters()):
         with torch.no_grad():
@@ -199,7 +199,7 @@ def uniforms_for(seed: int, names: Iterable[str], length: int) -> Tensor:
     return torch.stack(rows)
 
 
-class PreallocatedLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one block, written in place; transformers' own layer copies the whole cache at every token."""
 
     def __init__(self, capacity: int) -> None:

@@ -4,9 +4,9 @@
     for metrics in trainer:
         ...
 
-The policy, its reference and the value model are branches on one frozen trunk, whose states are computed once, while the
-responses are generated. With a trunk of depth None the branches are whole models. (InstructGPT, section 3.5; Schulman et
-al. 2017.)
+The policy, its reference and the value model are branches on one frozen trunk, whose states are computed once, while
+the responses are generated. With a trunk of depth None the branches are whole models. (InstructGPT, section 3.5;
+Schulman et al. 2017.)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PPOTrainer:
         pad_token: int,
         value_bias: float = 0.0,
     ) -> None:
-        """reward_fn: Rollout -> scores (B,). prompts: tokens. value_bias is subtracted from the value model's output."""
+        """reward_fn: Rollout -> scores (B,). prompts: tokens. value_bias is taken off the value model's output."""
         self.trunk, self.policy, self.reference, self.value_model = trunk, policy, reference, value_model
         self.reward_fn, self.prompts, self.params, self.seed = reward_fn, prompts, params, seed
         self.max_new_tokens, self.end_token, self.pad_token = max_new_tokens, end_token, pad_token
