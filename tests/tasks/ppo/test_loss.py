@@ -90,7 +90,7 @@ def test_value_loss_of_one_token(value: float, target: float, loss: float, gradi
     values = torch.tensor([[value]], requires_grad=True)
     mask = torch.ones(1, 1, dtype=torch.bool)
     result = value_loss(values, torch.tensor([[1.0]]), torch.tensor([[target]]), mask, 0.5, 1.0)
-    result.backward()  # type: ignore[no-untyped-call]
+    result.backward()
     assert values.grad is not None
     assert result.item() == pytest.approx(loss, abs=1e-6)
     assert values.grad.item() == pytest.approx(gradient, abs=1e-6)
