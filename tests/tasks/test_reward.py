@@ -150,6 +150,7 @@ def test_training_learns_what_can_be_learned(sft: Path, trainable_layers: Any) -
     rankings = [ranking(number) for number in range(24)]
     params = REWARD.model_copy(update={"epochs": 8, "trainable_layers": trainable_layers})
     tracker = Mock()
+    model.config.score_bias = 0.0
     fresh = [ranking(number) for number in range(100, 120)]
     start = measure(model, tokenizer, fresh, 1)
     history = train(model, tokenizer, rankings, params, 1, tracker)
