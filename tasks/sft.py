@@ -110,7 +110,7 @@ def train(
         seed=seed,
         data_seed=seed,
         use_cpu=not _has_gpu(),
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         bf16=False,
         dataloader_pin_memory=False,
     )
