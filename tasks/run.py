@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     spec = specs[args.stage]
     started = time.monotonic()
-    # Threads that wait sleep instead of spinning: with another busy process on the cores, spinning at every barrier makes
-    # a training step three to ten times slower. OpenMP reads this when torch is imported.
+    # Threads that wait sleep instead of spinning: with another busy process on the cores, spinning at every barrier
+    # makes a training step three to ten times slower. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         params = load_params(Path("params.yaml"))

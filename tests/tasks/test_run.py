@@ -49,7 +49,7 @@ def events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
 
 
 @pytest.fixture
-def toy(events: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], int]:  # noqa: ARG001
+def toy(events: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], int]:
     """Runs the stage with this function as its work; gives the exit code."""
 
     def start(work: Work) -> int:
@@ -171,7 +171,7 @@ def test_outside_a_repository(
     assert "no dvc.yaml here" in capfd.readouterr().err
 
 
-def test_help_and_unknown_stage(toy: Callable[[Work], int], capfd: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
+def test_help_and_unknown_stage(toy: Callable[[Work], int], capfd: pytest.CaptureFixture[str]) -> None:
     for arguments, code in ((["--help"], 0), (["typo"], 2)):
         with pytest.raises(SystemExit) as stop:
             run.main(arguments)
