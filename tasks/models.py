@@ -40,7 +40,10 @@ def prepare_tokenizer(model: Any, tokenizer: Any) -> None:
     tokenizer.padding_side = "left"
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -64,11 +64,11 @@ def run(stage: Stage) -> None:
     model.config.score_bias = 0.0
     with tqdm(total=len(centre_on), desc="reward: centring", unit="reply") as bar:
         model.config.score_bias = score_sequences(model, centre_on, pad, 32, bar).mean().item()
+    last_epoch = history[-(len(history) // params.epochs) :]
     figures = {
         **measure(model, tokenizer, held_out, stage.params.seed),
         "noise_ceiling": ceiling,
-        "train_accuracy": sum(row["accuracy"] for row in history[-len(history) // params.epochs :])
-        / len(history[-len(history) // params.epochs :]),
+        "train_accuracy": sum(row["accuracy"] for row in last_epoch) / len(last_epoch),
         "score_bias": model.config.score_bias,
         "train_prompts": len(training),
         "all_tied_prompts": sum(not has_order(row) for row in rankings),
