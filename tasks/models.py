@@ -114,10 +114,18 @@ def load_language_model(folder: Path) -> Any:
 
 
 def load_scalar_model(folder: Path) -> Any:
-    """A model with one number per token as its output: a reward or a value model."""
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=torch.float32, use_safetensors=True
-    ).eval()
+    """A model with one number per token as its output: a reward or a value model.
+
+    From a language model's folder it gets a random head, which the caller sets (tasks/reward.py: init_head).
+    """
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a table of warning about that head
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=torch.float32, use_safetensors=True
+        ).eval()
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 # ---- trunk and branch ----
