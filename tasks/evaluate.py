@@ -72,6 +72,7 @@ def run(stage: Stage) -> None:
     stage.tracker.table("evaluation", [row.model_dump() for row in rows[:50]])
 
 
+@torch.no_grad()
 def answer_all(
     folders: dict[str, Path], prompts: list[Prompt], tickets: list[Ticket], params: Params
 ) -> dict[str, Answers]:

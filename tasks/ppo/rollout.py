@@ -160,14 +160,13 @@ def states_before(branch: Branch, rollout: Rollout) -> Tensor:
 def response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probabilities (B, R) of the response tokens at a temperature; 0 on padding.
 
-    The head, dear over a large vocabulary, sees the kept response positions alone. Without gradients the rows go
-    through in chunks, for memory.
+    The head, dear over a large vocabulary, sees the kept response positions alone. Under no_grad the rows go through
+    in chunks, for memory; with gradients the caller chooses how many rows to hand over.
     """
-    if not torch.is_grad_enabled() or not any(weight.requires_grad for weight in branch.parameters()):
-        with torch.no_grad():
-            parts = torch.arange(len(rollout.tokens)).split(ROWS_AT_ONCE)
-            return torch.cat([_response_logprobs(branch, rollout.rows(rows), temperature) for rows in parts])
-    return _response_logprobs(branch, rollout, temperature)
+    if torch.is_grad_enabled():
+        return _response_logprobs(branch, rollout, temperature)
+    parts = torch.arange(len(rollout.tokens)).split(ROWS_AT_ONCE)
+    return torch.cat([_response_logprobs(branch, rollout.rows(rows), temperature) for rows in parts])
 
 
 def _response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
