@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,24 +77,8 @@ def train_policy(stage: Stage) -> None:
             bar.set_postfix(score=f"{metrics['score']:.2f}", kl=f"{metrics['kl']:.2f}")
             bar.update()
 
-    rollout = trainer.last_rollout
-    assert rollout is not None
-    stage.tracker.table(
-        "ppo_samples",
-        [
-            {
-                "prompt": tokenizer.decode(tokens[:width][keep[:width]]),
-                "response": decode_response(tokenizer, response),
-            }
-            for tokens, keep, response, width in zip(
-                rollout.tokens[:8],
-                rollout.mask[:8],
-                rollout.response_ids()[:8],
-                [rollout.prompt_length] * 8,
-                strict=True,
-            )
-        ],
-    )
+    if trainer.last_rollout is not None:
+        stage.tracker.table("ppo_samples", sample_table(trainer.last_rollout, tokenizer))
     policy.write_into(sft)
     value_model.write_into(reward_model)
     save_model(sft, tokenizer, stage.out("data/models/policy"))
@@ -100,3 +86,15 @@ def train_policy(stage: Stage) -> None:
     write_csv(stage.out("data/reports/ppo/history.csv"), history)
     final = {name: value for name, value in history[-1].items() if name != "update"}
     write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {"updates": len(history), **final}})
+
+
+def sample_table(rollout: Rollout, tokenizer: Any) -> list[dict[str, str]]:
+    """The first episodes of an update as text."""
+    width = rollout.prompt_length
+    return [
+        {
+            "prompt": decode_response(tokenizer, tokens[:width].tolist()),
+            "response": decode_response(tokenizer, response),
+        }
+        for tokens, response in list(zip(rollout.tokens, rollout.response_ids(), strict=True))[:8]
+    ]

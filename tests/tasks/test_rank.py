@@ -67,11 +67,11 @@ def test_rankings_and_their_report(tmp_path: Path) -> None:
     assert metrics["pairs"] == 300 * 6
     assert metrics["ties"] == sum(a == b for row in rows for a, b in combinations(row.ranks, 2))
     assert metrics["held_out_prompts"] / 300 == pytest.approx(0.2, abs=0.07)
-    assert 0.85 < metrics["noise_ceiling_train"] < 0.95
-    assert 0.82 < metrics["noise_ceiling"] < 0.97
+    assert 0.94 < metrics["noise_ceiling_train"] < 0.99
+    assert 0.9 < metrics["noise_ceiling"] <= 1
 
 
-def test_noisy_rankings_agree_with_the_marks_in_nine_of_ten_pairs(tmp_path: Path) -> None:
+def test_noisy_rankings_agree_with_the_marks_in_19_of_20_pairs(tmp_path: Path) -> None:
     """The sum of the checks stands for the gold order; equal sums are left out."""
     rows, _ = run_stage(tmp_path, SAMPLES)
     agreed = []
@@ -80,7 +80,7 @@ def test_noisy_rankings_agree_with_the_marks_in_nine_of_ten_pairs(tmp_path: Path
         for a, b in combinations(range(4), 2):
             if row.ranks[a] != row.ranks[b] and abs(marks[a] - marks[b]) > 1e-9:
                 agreed.append((row.ranks[a] < row.ranks[b]) == (marks[a] > marks[b]))
-    assert 0.87 < mean(agreed) < 0.93
+    assert 0.94 < mean(agreed) < 0.99
 
 
 def test_a_subset_is_ranked_as_in_the_whole(tmp_path: Path) -> None:
