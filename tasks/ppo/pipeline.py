@@ -89,12 +89,10 @@ def train_policy(stage: Stage) -> None:
 
 
 def sample_table(rollout: Rollout, tokenizer: Any) -> list[dict[str, str]]:
-    """The first episodes of an update as text."""
+    """The first episodes of an update as text; the prompt as the policy saw it, with the chat template."""
     width = rollout.prompt_length
+    episodes = zip(rollout.tokens, rollout.mask, rollout.response_ids(), strict=True)
     return [
-        {
-            "prompt": decode_response(tokenizer, tokens[:width].tolist()),
-            "response": decode_response(tokenizer, response),
-        }
-        for tokens, response in list(zip(rollout.tokens, rollout.response_ids(), strict=True))[:8]
+        {"prompt": tokenizer.decode(tokens[:width][mask[:width]]), "response": decode_response(tokenizer, response)}
+        for tokens, mask, response in list(episodes)[:8]
     ]
