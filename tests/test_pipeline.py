@@ -14,7 +14,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks.base import folder_sha256
-from tasks.evaluate import flatten
 from tasks.lineage import hash_path, load_stages, locked_outs
 from tasks.tickets import generate
 from tests.tiny import tiny_model_dir
@@ -96,17 +95,9 @@ def outs_of(repo: Path) -> dict[str, str]:
     return {path: md5 for stage in load_stages(repo) for path, md5 in locked_outs(stage, repo).items()}
 
 
-def trained(repo: Path) -> dict[str, Any]:
-    """dvc.lock's stages up to the policy, as content: those that run side by side stand in the order of their ends.
-
-    `evaluate` was once seen to differ in the sixth digit on a busy machine; `figures` compares it until that is mended.
-    """
-    stages = YAML(typ="safe").load(repo / "dvc.lock")["stages"]
-    return {name: entry for name, entry in stages.items() if name not in {"evaluate", "register"}}
-
-
-def figures(repo: Path) -> dict[str, float]:
-    return flatten(json.loads((repo / "data/reports/evaluation/metrics.json").read_text()))
+def lock_of(repo: Path) -> Any:
+    """dvc.lock's content: of stages that ran side by side, the one that ended first stands first."""
+    return YAML(typ="safe").load(repo / "dvc.lock")
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +137,14 @@ def test_the_flow_gives_the_same_bits_and_shows_what_it_did(by_dvc: Path, make_r
     first = command(repo, "flows.rlhf")
     assert all(stage in first for stage in load_stages(repo))
     assert "policy" in first
-    assert trained(repo) == trained(by_dvc)
-    assert figures(repo) == pytest.approx(figures(by_dvc), abs=1e-3)
+    assert lock_of(repo) == lock_of(by_dvc)
 
     again = command(repo, "flows.rlhf")
     assert again.lower().count("cached") >= len(load_stages(repo))
 
-    before, judged = trained(repo), figures(repo)
+    before = (repo / "dvc.lock").read_text()
     command(repo, "dvc", "repro", "--force")
-    assert trained(repo) == before
-    assert figures(repo) == pytest.approx(judged, abs=1e-3)
+    assert (repo / "dvc.lock").read_text() == before
 
 
 def test_a_changed_ppo_parameter_runs_ppo_and_what_follows_and_comes_back_from_the_run_cache(by_dvc: Path) -> None:
@@ -173,16 +162,9 @@ def test_a_changed_ppo_parameter_runs_ppo_and_what_follows_and_comes_back_from_t
 
     path.write_text(original)
     restored = command(by_dvc, "dvc", "repro")
-    # without training; `evaluate` has no entry in DVC's run cache and runs again
-    assert {stage for stage in load_stages(by_dvc) if f"Running stage '{stage}'" in restored} <= {
-        "evaluate",
-        "register",
-    }
-    assert outs_of(by_dvc).keys() == before.keys()
-    assert {path for path, md5 in before.items() if outs_of(by_dvc)[path] != md5} <= {
-        "data/reports/evaluation/metrics.json",
-        "data/reports/registered.json",
-    }
+    # `register` must run, to move the alias back
+    assert [stage for stage in load_stages(by_dvc) if f"Running stage '{stage}'" in restored] == ["register"]
+    assert outs_of(by_dvc) == before
 
 
 def test_an_unknown_key_is_named_with_the_nearest_right_one(by_dvc: Path) -> None:
