@@ -105,8 +105,12 @@ def answer_all(
                 )
                 length = rollout.response_mask.sum(-1)
                 own = rollout.logprobs.sum(-1)
-                under_sft = response_logprobs(branches["sft"], rollout, params.evaluate.temperature).sum(-1)
-                fluency = response_logprobs(branches["base"], rollout, 1.0).sum(-1) / length
+                # a model's log-probabilities of its own answers are known from their generation
+                sampled_at = params.evaluate.temperature
+                under_sft = own if name == "sft" else response_logprobs(branches["sft"], rollout, sampled_at).sum(-1)
+                known = name == "base" and sampled_at == 1.0
+                under_base = own if known else response_logprobs(branches["base"], rollout, 1.0).sum(-1)
+                fluency = under_base / length
                 score = score_last_token(reward_branch, rollout) - reward_model.config.score_bias
                 texts = [decode_response(tokenizer, ids) for ids in rollout.response_ids()]
                 parts.append(
