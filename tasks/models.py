@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
@@ -170,14 +172,7 @@ class Trunk(nn.Module):
         if self.backbone is None:
             return ids
         with torch.no_grad():
-            states: Tensor = self.backbone(
-                input_ids=ids,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
-        return states
+            return _final_states(self.backbone, ids, attention_mask, positions, cache)
 
 
 class Branch(nn.Module):
@@ -195,15 +190,7 @@ class Branch(nn.Module):
             self.backbone.embed_tokens = None
 
     def forward(self, states: Tensor, attention_mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
-        source = {"inputs_embeds": states} if states.is_floating_point() else {"input_ids": states}
-        final: Tensor = self.backbone(
-            **source,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        return final
+        return _final_states(self.backbone, states, attention_mask, positions, cache)
 
     def trainable_copy(self, trainable_layers: Literal["all"] | int) -> Branch:
         """A copy of which the top blocks, the final norm and a scalar head are trained, or everything.
@@ -262,6 +249,20 @@ def _slice_backbone(backbone: Any, start: int, stop: int | None) -> Any:
     return part
 
 
+def _final_states(
+    backbone: Any, inputs: Tensor, attention_mask: Tensor, positions: Tensor, cache: Cache | None
+) -> Tensor:
+    """Token ids (B, T) or states (B, T, H) through some blocks and their norm -> (B, T, H)."""
+    final: Tensor = backbone(
+        **{"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs},
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+    return final
+
+
 def left_padded(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (B, T); the mask is True on tokens that are kept."""
     longest = max(map(len, sequences))
@@ -285,52 +286,82 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-# ---- scalar models ----
+# ---- a prompt and its responses as one sequence ----
 
 
-def score_last(branch: Branch, states: Tensor, mask: Tensor) -> Tensor:
-    """A scalar model's output at the last position: left-padded trunk states (B, T, H), mask (B, T) -> (B,)."""
-    final = branch(states, causal_mask(mask), positions_of(mask))
-    return branch.head(final[:, -1])[:, 0]  # type: ignore[no-any-return]
+class Packed(NamedTuple):
+    """A prompt and K responses to it in one sequence of T tokens, so that the prompt goes through a model once."""
+
+    inputs: Tensor  # (T,) ids, or (T, H) trunk states
+    blocks: Tensor  # (T,) 0 on the prompt, k on its k-th response, counted from 1
+    positions: Tensor  # (T,) each response goes on where the prompt ends
 
 
-def trunk_states(trunk: Trunk, sequences: list[list[int]], pad: int, batch_size: int, bar: Any = None) -> list[Tensor]:
-    """The trunk's states (T, H) of each sequence. Batched by length, so that little padding is computed."""
-    states: list[Tensor] = [torch.empty(0)] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids, mask = left_padded([sequences[index] for index in chosen], pad)
-        batch = trunk(ids, causal_mask(mask), positions_of(mask))
-        for index, row in zip(chosen, batch, strict=True):
-            states[index] = row[-len(sequences[index]) :].clone()
-        if bar is not None:
-            bar.update(len(chosen))
-    return states
+def pack(prompt: list[int], responses: list[list[int]]) -> Packed:
+    start = len(prompt)
+    blocks, positions = [0] * start, list(range(start))
+    for number, response in enumerate(responses, start=1):
+        blocks += [number] * len(response)
+        positions += range(start, start + len(response))
+    ids = prompt + [token for response in responses for token in response]
+    return Packed(torch.tensor(ids), torch.tensor(blocks), torch.tensor(positions))
 
 
-def pad_states(states: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """States (T, H), or ids (T,), of several sequences -> left-padded (B, T, H) and mask (B, T)."""
-    longest = max(map(len, states))
-    padded = states[0].new_zeros(len(states), longest, *states[0].shape[1:])
-    mask = torch.zeros(len(states), longest, dtype=torch.bool)
-    for row, sequence in enumerate(states):
-        padded[row, longest - len(sequence) :] = sequence
-        mask[row, longest - len(sequence) :] = True
-    return padded, mask
+def shared_prompt_mask(blocks: Tensor) -> Tensor:
+    """(B, T) -> (B, 1, T, T) bool: a token sees its prompt and its own response up to itself, no other response.
+
+    blocks as in `Packed`, and -1 on padding, which looks at itself, so that no softmax is over nothing and gives NaN.
+    """
+    length = blocks.shape[1]
+    square = torch.ones(length, length, dtype=torch.bool, device=blocks.device)
+    keys, queries = blocks[:, None, :], blocks[:, :, None]
+    seen = square.tril() & ((keys == 0) | (keys == queries) & (keys > 0))
+    return (seen | square.tril().triu())[:, None]
+
+
+def run_packed(part: Trunk | Branch, batch: list[Packed]) -> list[Tensor]:
+    """The states (T, H) that a trunk or a branch makes of each."""
+    inputs = pad_sequence([one.inputs for one in batch], batch_first=True)
+    blocks = pad_sequence([one.blocks for one in batch], batch_first=True, padding_value=-1)
+    positions = pad_sequence([one.positions for one in batch], batch_first=True)
+    states = part(inputs, shared_prompt_mask(blocks), positions)
+    return [row[: len(one.blocks)] for row, one in zip(states, batch, strict=True)]
+
+
+def by_length(packs: list[Packed], batch_size: int) -> Iterator[list[int]]:
+    """Batches of places in the list, of similar lengths, so that little padding is computed."""
+    order = sorted(range(len(packs)), key=lambda place: len(packs[place].blocks))
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def through_trunk(trunk: Trunk, packs: list[Packed], batch_size: int, bar: Any = None) -> list[Packed]:
+    """The same with the trunk's states as inputs."""
+    done = list(packs)
+    for chosen in by_length(packs, batch_size):
+        for place, states in zip(chosen, run_packed(trunk, [packs[place] for place in chosen]), strict=True):
+            done[place] = packs[place]._replace(inputs=states.clone())
+            if bar is not None:
+                bar.update(int(packs[place].blocks[-1]))
+    return done
+
+
+def score_packed(branch: Branch, packs: list[Packed]) -> list[Tensor]:
+    """A scalar model's output (K,) at the last token of each response."""
+    scores = []
+    for final, one in zip(run_packed(branch, packs), packs, strict=True):
+        ends = one.blocks.bincount().cumsum(0)[1:] - 1
+        scores.append(branch.head(final[ends])[:, 0])
+    return scores
 
 
 @torch.no_grad()
-def score_sequences(model: Any, sequences: list[list[int]], pad: int, batch_size: int, bar: Any = None) -> Tensor:
-    """A reward model's centred scores (B,) of token sequences (prompt, response, end token)."""
-    trunk, branch = split_model(model, 0)
-    scores = torch.empty(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        ids, mask = left_padded([sequences[index] for index in chosen], pad)
-        states = trunk(ids, causal_mask(mask), positions_of(mask))
-        scores[chosen] = score_last(branch, states, mask)
-        if bar is not None:
-            bar.update(len(chosen))
-    return scores - float(model.config.score_bias)
+def centred_scores(model: Any, packs: list[Packed], batch_size: int, bar: Any = None) -> list[Tensor]:
+    """A reward model's scores (K,) of the responses to each prompt, its bias taken off."""
+    branch = Branch(model, None)
+    scores = [torch.empty(0)] * len(packs)
+    for chosen in by_length(packs, batch_size):
+        for place, own in zip(chosen, score_packed(branch, [packs[place] for place in chosen]), strict=True):
+            scores[place] = own - float(model.config.score_bias)
+            if bar is not None:
+                bar.update(len(own))
+    return scores

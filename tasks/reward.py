@@ -1,9 +1,9 @@
 """Stage `reward`: train the reward model on the rankings (InstructGPT, step 2, section 3.5).
 
 `python -m tasks.run reward`. The model starts from the SFT model with a new scalar head. All pairs of a prompt are
-one batch element and each response goes through the model once. TRL's RewardTrainer is not used here: it forwards a
-response once for every pair that it stands in, K - 1 times, and through all blocks at every step; here the frozen
-trunk's states are computed once and serve every epoch.
+one batch element; each response goes through the model once, and so does the prompt that they share. TRL's
+RewardTrainer is not used here: it forwards a response, with its prompt, once for every pair that it stands in, K - 1
+times, and through all blocks at every step; here the frozen trunk's states are computed once and serve every epoch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from tqdm import tqdm
 
 from tasks.datasets import Demonstration, Ranking, read_rows, write_csv, write_json
 from tasks.models import (
+    Packed,
+    centred_scores,
     encode_prompt,
     encode_response,
     load_scalar_model,
     load_tokenizer,
-    pad_states,
+    pack,
     save_model,
-    score_last,
-    score_sequences,
+    score_packed,
     split_model,
+    through_trunk,
     trunk_depth,
-    trunk_states,
 )
 from tasks.stage import Stage, UserError
 
@@ -56,14 +57,13 @@ def run(stage: Stage) -> None:
 
     history = train(model, tokenizer, training, params, stage.params.seed, stage.tracker)
 
-    pad = tokenizer.pad_token_id
     centre_on = [
-        encode_prompt(tokenizer, row.prompt) + encode_response(tokenizer, row.response)
+        pack(encode_prompt(tokenizer, row.prompt), [encode_response(tokenizer, row.response)])
         for row in demonstrations[: params.centre_on]
     ]
     model.config.score_bias = 0.0
     with tqdm(total=len(centre_on), desc="reward: centring", unit="reply") as bar:
-        model.config.score_bias = score_sequences(model, centre_on, pad, 32, bar).mean().item()
+        model.config.score_bias = torch.cat(centred_scores(model, centre_on, 32, bar)).mean().item()
     last_epoch = history[-(len(history) // params.epochs) :]
     figures = {
         **measure(model, tokenizer, held_out, stage.params.seed),
@@ -117,13 +117,12 @@ def init_head(model: Any, seed: int) -> None:
         weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
 
 
-def encode_ranking(tokenizer: Any, row: Ranking) -> list[list[int]]:
-    """Prompt and response as tokens, for each response."""
-    prompt = encode_prompt(tokenizer, row.prompt)
-    return [
-        prompt + encode_response(tokenizer, response, ended=ended)
-        for response, ended in zip(row.responses, row.ended, strict=True)
-    ]
+def pack_ranking(tokenizer: Any, row: Ranking) -> Packed:
+    responses = zip(row.responses, row.ended, strict=True)
+    return pack(
+        encode_prompt(tokenizer, row.prompt),
+        [encode_response(tokenizer, response, ended=ended) for response, ended in responses],
+    )
 
 
 def train(
@@ -132,12 +131,9 @@ def train(
     """Train in place. The curve: step, loss and accuracy of the batch before its step."""
     depth = trunk_depth(model, params.trainable_layers)
     trunk, branch = split_model(model, depth)
-    pad = tokenizer.pad_token_id
-    sequences = [encode_ranking(tokenizer, row) for row in rankings]
-    flat = [sequence for group in sequences for sequence in group]
-    with tqdm(total=len(flat), desc="reward: trunk", unit="response") as bar:
-        flat_states = iter(trunk_states(trunk, flat, pad, 32, bar))
-    states = [[next(flat_states) for _ in group] for group in sequences]
+    packs = [pack_ranking(tokenizer, row) for row in rankings]
+    with tqdm(total=sum(len(row.responses) for row in rankings), desc="reward: trunk", unit="response") as bar:
+        packs = through_trunk(trunk, packs, 8, bar)
     ranks = [torch.tensor(row.ranks) for row in rankings]
 
     branch.requires_grad_(True)
@@ -155,8 +151,7 @@ def train(
             order = torch.randperm(len(rankings), generator=shuffle).tolist()
             for start in range(0, len(order), params.batch_prompts):
                 chosen = order[start : start + params.batch_prompts]
-                padded, mask = pad_states([state for index in chosen for state in states[index]])
-                scores = score_last(branch, padded, mask).split([len(states[index]) for index in chosen])
+                scores = score_packed(branch, [packs[index] for index in chosen])
                 loss = torch.stack(
                     [kwise_loss(group, ranks[index]) for group, index in zip(scores, chosen, strict=True)]
                 ).mean()
@@ -183,10 +178,9 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
 
 def measure(model: Any, tokenizer: Any, rankings: list[Ranking], seed: int) -> dict[str, float]:
     """Loss and pair accuracy on rankings, the accuracy with a 95 % bootstrap interval over prompts."""
-    sequences = [encode_ranking(tokenizer, row) for row in rankings]
-    flat = [sequence for group in sequences for sequence in group]
-    with tqdm(total=len(flat), desc="reward: held out", unit="response") as bar:
-        scores = score_sequences(model, flat, tokenizer.pad_token_id, 32, bar).split(list(map(len, sequences)))
+    packs = [pack_ranking(tokenizer, row) for row in rankings]
+    with tqdm(total=sum(len(row.responses) for row in rankings), desc="reward: held out", unit="response") as bar:
+        scores = centred_scores(model, packs, 8, bar)
     ranks = [torch.tensor(row.ranks) for row in rankings]
     right = [pair_accuracy(group, rank) for group, rank in zip(scores, ranks, strict=True)]
     sums, counts = torch.stack([row.sum() for row in right]), torch.tensor([len(row) for row in right])

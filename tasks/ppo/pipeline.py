@@ -33,11 +33,12 @@ def train_policy(stage: Stage) -> None:
     sft_folder, reward_folder = stage.dep("data/models/sft"), stage.dep("data/models/reward")
     require_same_tokenizer(sft_folder, reward_folder)
     prompts = read_rows(stage.dep("data/prepared/prompts/ppo.jsonl"), Prompt)
-    if params.batch_size % params.samples_per_prompt:
-        raise UserError(
-            f"ppo.batch_size {params.batch_size} is not a multiple of "
-            f"ppo.samples_per_prompt {params.samples_per_prompt}."
-        )
+    for name in ("batch_size", "minibatch_size", "micro_batch_size"):
+        if getattr(params, name) % params.samples_per_prompt:
+            raise UserError(
+                f"ppo.{name} {getattr(params, name)} is not a multiple of "
+                f"ppo.samples_per_prompt {params.samples_per_prompt}: the samples of a prompt go through together."
+            )
     if params.minibatch_size > params.batch_size:
         raise UserError(
             f"ppo.minibatch_size {params.minibatch_size} is larger than ppo.batch_size {params.batch_size}."

@@ -7,7 +7,7 @@ random numbers are an argument, so a response depends on its own numbers and not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tasks.models import Branch, Trunk, causal_mask, left_padded, positions_of
+from tasks.models import Branch, Trunk, causal_mask, left_padded, positions_of, shared_prompt_mask
 
 ROWS_AT_ONCE = 16  # episodes in a forward pass without gradients
 COMPACT_BELOW = 0.7  # share of unfinished rows under which copying the cache costs less than carrying finished rows
@@ -30,6 +30,7 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # (B, R), of each response token under the policy at its temperature; 0 on padding
     states: Tensor  # (B, P + R, H) trunk states, or ids (B, P + R) where there is no trunk
     ended: Tensor  # (B,) bool, whether the response ends with the end token
+    samples: int = 1  # responses a prompt; rows of one prompt are neighbours
 
     @property
     def response_mask(self) -> Tensor:
@@ -42,7 +43,7 @@ class Rollout(NamedTuple):
         return self.tokens[:, self.prompt_length :]
 
     def rows(self, chosen: Tensor) -> Rollout:
-        """Some of the episodes."""
+        """Some of the episodes: with several samples a prompt, all of a prompt's."""
         return Rollout(
             self.tokens[chosen],
             self.mask[chosen],
@@ -50,7 +51,13 @@ class Rollout(NamedTuple):
             self.logprobs[chosen],
             self.states[chosen],
             self.ended[chosen],
+            self.samples,
         )
+
+    def chunks(self) -> Iterator[Rollout]:
+        """The episodes in order, so many at once as a forward pass without gradients should take."""
+        count = max(1, ROWS_AT_ONCE // self.samples) * self.samples
+        return (self.rows(rows) for rows in torch.arange(len(self.tokens)).split(count))
 
     def response_ids(self) -> list[list[int]]:
         """The response tokens of each episode, without padding, with the end token where there is one."""
@@ -124,7 +131,9 @@ def generate(
 
     longest = int(mask[:, width:].sum(-1).max())
     cut = width + longest
-    return Rollout(tokens[:, :cut], mask[:, :cut], width, logprobs[:, :longest], states[:, :cut], ended)
+    return Rollout(
+        tokens[:, :cut], mask[:, :cut], width, logprobs[:, :longest], states[:, :cut], ended, samples_per_prompt
+    )
 
 
 def sample_tokens(logits: Tensor, draws: Tensor | None, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -151,10 +160,29 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter(-1, order, ordered * (before < top_p))
 
 
-def states_before(branch: Branch, rollout: Rollout) -> Tensor:
-    """The branch's final states (B, R, H) from which each response token is predicted: one position before it."""
-    final: Tensor = branch(rollout.states, causal_mask(rollout.mask), positions_of(rollout.mask))
-    return final[:, rollout.prompt_length - 1 : -1]
+def final_states(branch: Branch, rollout: Rollout) -> Tensor:
+    """The branch's final states (B, 1 + R, H) at the prompt's last token and at each response token.
+
+    A prompt goes through once, with all its samples behind it in one sequence: of a prompt of 60 tokens with 4 samples
+    of 60, that saves three eighths of the work.
+    """
+    width, samples = rollout.prompt_length, rollout.samples
+    prompts, length = len(rollout.tokens) // samples, rollout.responses.shape[1]
+    packed = torch.cat(
+        [
+            rollout.states[::samples, :width],
+            rollout.states[:, width:].reshape(prompts, samples * length, *rollout.states.shape[2:]),
+        ],
+        dim=1,
+    )
+    number = torch.arange(1, samples + 1).repeat_interleave(length)
+    prompt_mask, response_mask = rollout.mask[::samples, :width], rollout.response_mask.reshape(prompts, -1)
+    blocks = torch.cat([torch.where(prompt_mask, 0, -1), torch.where(response_mask, number, -1)], dim=1)
+    after = prompt_mask.sum(-1, keepdim=True) + torch.arange(length).repeat(samples)
+    positions = torch.cat([positions_of(prompt_mask), after], dim=1)
+    final: Tensor = branch(packed, shared_prompt_mask(blocks), positions)
+    start = final[:, width - 1 : width].repeat_interleave(samples, dim=0)
+    return torch.cat([start, final[:, width:].reshape(len(rollout.tokens), length, -1)], dim=1)
 
 
 def response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
@@ -165,13 +193,12 @@ def response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> T
     """
     if torch.is_grad_enabled():
         return _response_logprobs(branch, rollout, temperature)
-    parts = torch.arange(len(rollout.tokens)).split(ROWS_AT_ONCE)
-    return torch.cat([_response_logprobs(branch, rollout.rows(rows), temperature) for rows in parts])
+    return torch.cat([_response_logprobs(branch, part, temperature) for part in rollout.chunks()])
 
 
 def _response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
     keep = rollout.response_mask
-    logits = branch.head(states_before(branch, rollout)[keep]) / temperature  # (N, V)
+    logits = branch.head(final_states(branch, rollout)[:, :-1][keep]) / temperature  # (N, V)
     chosen = -F.cross_entropy(logits, rollout.responses[keep], reduction="none")
     return torch.zeros(keep.shape).masked_scatter(keep, chosen)
 
@@ -180,11 +207,10 @@ def _response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> 
 def score_last_token(branch: Branch, rollout: Rollout) -> Tensor:
     """A scalar model's output (B,) at each response's last token."""
     scores = []
-    for rows in torch.arange(len(rollout.tokens)).split(ROWS_AT_ONCE):
-        part = rollout.rows(rows)
-        final = branch(part.states, causal_mask(part.mask), positions_of(part.mask))
-        last = part.prompt_length + part.response_mask.sum(-1) - 1
-        scores.append(branch.head(final[torch.arange(len(rows)), last])[:, 0])
+    for part in rollout.chunks():
+        final = final_states(branch, part)
+        last = final[torch.arange(len(final)), part.response_mask.sum(-1)]
+        scores.append(branch.head(last)[:, 0])
     return torch.cat(scores)
 
 

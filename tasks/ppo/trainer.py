@@ -23,7 +23,7 @@ from torch import Tensor
 from tasks.models import Branch, Trunk
 from tasks.ppo.advantages import gae, token_rewards, whiten
 from tasks.ppo.loss import policy_loss, value_loss
-from tasks.ppo.rollout import Rollout, generate, response_logprobs, states_before, uniforms_for
+from tasks.ppo.rollout import Rollout, final_states, generate, response_logprobs, uniforms_for
 
 if TYPE_CHECKING:
     from tasks.params import Ppo
@@ -88,7 +88,7 @@ class PPOTrainer:
         losses = []
         with self._timed("train"):
             for _ in range(self.params.epochs):
-                for rows in torch.randperm(len(batch.scores), generator=shuffle).split(self.params.minibatch_size):
+                for rows in self.minibatches(shuffle):
                     losses.append(self.train_minibatch(batch, rows))
         return {**describe(batch), **mean_of(losses)}
 
@@ -116,12 +116,18 @@ class PPOTrainer:
         scores = self.reward_fn(rollout)
         # A response that does not end gets a fixed low score instead (Stiennon et al.; N+ implementation details).
         scores = torch.where(rollout.ended, scores, params.missing_end_score)
-        parts = torch.arange(len(scores)).split(params.micro_batch_size)
         ref_logprobs = response_logprobs(self.reference, rollout, params.temperature)
-        values = torch.cat([self.values(rollout.rows(rows)) for rows in parts])
+        values = torch.cat([self.values(part) for part in rollout.chunks()])
         rewards = token_rewards(scores, rollout.logprobs, ref_logprobs, mask, params.kl_coef)
         advantages, returns = gae(rewards, values, mask, params.gamma, params.gae_lambda)
         return Batch(rollout, scores, ref_logprobs, values, whiten(advantages, mask), returns)
+
+    def minibatches(self, shuffle: torch.Generator) -> Iterator[Tensor]:
+        """Row numbers of an epoch's minibatches. The samples of one prompt stay together: they share its forward."""
+        samples = self.params.samples_per_prompt
+        prompts = torch.randperm(self.params.batch_size // samples, generator=shuffle)
+        for chosen in prompts.split(self.params.minibatch_size // samples):
+            yield (chosen[:, None] * samples + torch.arange(samples)).flatten()
 
     def train_minibatch(self, batch: Batch, rows: Tensor) -> dict[str, float]:
         """One step of each optimizer. Gradients add up over micro-batches, divided by the minibatch's token count."""
@@ -155,7 +161,7 @@ class PPOTrainer:
         with gae_lambda < 1 that error would be the policy's first lesson.
         """
         for _ in range(self.params.value_warmup_epochs):
-            for rows in torch.randperm(len(batch.scores), generator=shuffle).split(self.params.minibatch_size):
+            for rows in self.minibatches(shuffle):
                 count = float(batch.rollout.response_mask[rows].sum())
                 for part in rows.split(self.params.micro_batch_size):
                     self.value_loss(batch, part, count).backward()
@@ -176,7 +182,7 @@ class PPOTrainer:
 
     def values(self, rollout: Rollout) -> Tensor:
         """Values (B, R) of the states before each response token; 0 on padding."""
-        output = self.value_model.head(states_before(self.value_model, rollout))[..., 0] - self.value_bias
+        output = self.value_model.head(final_states(self.value_model, rollout)[:, :-1])[..., 0] - self.value_bias
         return output * rollout.response_mask  # type: ignore[no-any-return]
 
     @contextmanager

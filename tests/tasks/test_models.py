@@ -16,6 +16,7 @@ from tasks.models import (
     Branch,
     Trunk,
     causal_mask,
+    centred_scores,
     decode_response,
     encode_prompt,
     encode_response,
@@ -24,17 +25,17 @@ from tasks.models import (
     load_language_model,
     load_scalar_model,
     load_tokenizer,
-    pad_states,
+    pack,
     positions_of,
     prepare_tokenizer,
     require_same_tokenizer,
     save_model,
-    score_last,
-    score_sequences,
+    score_packed,
     shared_depth,
+    shared_prompt_mask,
     split_model,
+    through_trunk,
     trunk_depth,
-    trunk_states,
 )
 from tasks.stage import UserError
 from tests.tiny import tiny_model_dir, tiny_tokenizer
@@ -163,38 +164,56 @@ def test_positions_of_by_hand() -> None:
     assert positions_of(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
 
 
-def test_pad_states_by_hand() -> None:
-    padded, mask = pad_states([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]])])
-    assert padded.tolist() == [[[0.0, 0.0], [1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]]]
-    assert mask.tolist() == [[False, True], [True, True]]
-    ids, _ = pad_states([torch.tensor([7]), torch.tensor([8, 9])])
-    assert ids.tolist() == [[0, 7], [8, 9]]
+def test_pack_by_hand() -> None:
+    packed = pack([7, 8], [[1, 2, 3], [4]])
+    assert packed.inputs.tolist() == [7, 8, 1, 2, 3, 4]
+    assert packed.blocks.tolist() == [0, 0, 1, 1, 1, 2]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 4, 2]
+
+
+def test_shared_prompt_mask_by_hand() -> None:
+    """A prompt of two tokens, responses of two and one, one token of padding: no response sees another."""
+    mask = shared_prompt_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))
+    assert mask.shape == (1, 1, 6, 6)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+
+
+PACKS = [pack(row[:1], [row[1:]]) for row in SEQUENCES if len(row) > 1]
+GROUPS = [pack([5, 6, 7], [[8, 9], [10], [11, 12, 13]]), pack([14], [[15, 16, 17, 18], [19]])]
 
 
 @pytest.mark.parametrize("depth", [None, 0, 1])
-def test_trunk_states_are_in_the_order_of_the_sequences(folder: Path, depth: int | None) -> None:
+def test_states_through_the_trunk_are_in_the_order_of_the_list(folder: Path, depth: int | None) -> None:
     trunk = Trunk(load_language_model(folder), depth)
-    for sequence, states in zip(SEQUENCES, trunk_states(trunk, SEQUENCES, PAD, 2), strict=True):
-        ids, mask = left_padded([sequence], PAD)
-        close(states, trunk(ids, causal_mask(mask), positions_of(mask))[0])
+    for one, done in zip(PACKS, through_trunk(trunk, PACKS, 2), strict=True):
+        ids, mask = left_padded([one.inputs.tolist()], PAD)
+        close(done.inputs, trunk(ids, causal_mask(mask), positions_of(mask))[0])
+        assert torch.equal(done.blocks, one.blocks)
 
 
-def test_score_sequences_are_the_scores_one_by_one(reward_folder: Path) -> None:
+@pytest.mark.parametrize("depth", [None, 0, 1])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_scores_of_responses_that_share_a_prompt_are_those_one_by_one(
+    reward_folder: Path, depth: int | None, batch_size: int
+) -> None:
     model = load_scalar_model(reward_folder)
+    trunk, branch = split_model(model, depth)
+    alone = [[[5, 6, 7, 8, 9], [5, 6, 7, 10], [5, 6, 7, 11, 12, 13]], [[14, 15, 16, 17, 18], [14, 19]]]
     with torch.no_grad():
-        expected = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in SEQUENCES]) - 0.25
-    assert expected.std() > 0.01
-    for batch_size in (1, 2, 5):
-        close(score_sequences(model, SEQUENCES, PAD, batch_size), expected)
-
-
-def test_score_last_reads_the_last_position(reward_folder: Path) -> None:
-    model = load_scalar_model(reward_folder)
-    trunk, branch = split_model(model, 1)
-    states, mask = pad_states(trunk_states(trunk, SEQUENCES, PAD, 5))
-    with torch.no_grad():
-        expected = torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in SEQUENCES])
-        close(score_last(branch, states, mask), expected)
+        expected = [
+            torch.stack([model(input_ids=torch.tensor([ids])).logits[0, 0] for ids in group]) for group in alone
+        ]
+        assert torch.cat(expected).std() > 0.01
+        close(score_packed(branch, through_trunk(trunk, GROUPS, batch_size)), expected)
+        # the bias of this model is 0.25
+        close(centred_scores(model, GROUPS, batch_size), [scores - 0.25 for scores in expected])
 
 
 # ---- on disk ----

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tasks.datasets import Demonstration, Ranking, write_json, write_rows
 from tasks.lineage import load_stages
-from tasks.models import encode_prompt, encode_response, load_scalar_model, load_tokenizer, score_sequences
+from tasks.models import centred_scores, encode_prompt, encode_response, load_scalar_model, load_tokenizer, pack
 from tasks.params import load_params
 from tasks.reward import init_head, kwise_loss, measure, pair_accuracy, run, tied_pairs, train, warmup_cosine
 from tasks.stage import Stage, UserError
@@ -215,11 +215,11 @@ def stage_root(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_mean_demonstration_scores_zero(stage_root: Path) -> None:
     folder = stage_root / "data/models/reward"
     model, tokenizer = load_scalar_model(folder), load_tokenizer(folder)
-    sequences = [
-        encode_prompt(tokenizer, row.prompt) + encode_response(tokenizer, row.response) for row in DEMONSTRATIONS
+    packs = [
+        pack(encode_prompt(tokenizer, row.prompt), [encode_response(tokenizer, row.response)]) for row in DEMONSTRATIONS
     ]
     # reward.centre_on is 6
-    scores = score_sequences(model, sequences[:6], tokenizer.pad_token_id, 4)
+    scores = torch.cat(centred_scores(model, packs[:6], 4))
     assert scores.mean().item() == pytest.approx(0, abs=1e-5)
     assert scores.std() > 1e-3
     assert abs(model.config.score_bias) > 1e-3

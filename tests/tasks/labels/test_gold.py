@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 
 from tasks.datasets import Ticket
 from tasks.labels.gold import WEIGHTS, fluency, gold_parts, gold_score
 from tasks.lineage import load_stages
+from tests.imports import ROOT, code_of
 
-ROOT = Path(__file__).parents[3]
+STAGES = load_stages(ROOT)
 TRAINING = ("sft", "sample", "reward", "ppo")
+GOLD, CHECKS, SIMULATED = (f"tasks/labels/{name}.py" for name in ("gold", "checks", "simulated"))
 
 TICKET = Ticket(
     kind="late",
@@ -52,68 +51,23 @@ def test_parts_and_weights_have_the_same_names() -> None:
     assert gold_parts(GOOD, TICKET, -2.0).keys() == WEIGHTS.keys()
 
 
-def test_only_evaluate_imports_the_gold_score() -> None:
-    importers = {path.relative_to(ROOT) for path in (ROOT / "tasks").rglob("*.py") if GOLD in imports_of(path)}
-    assert importers <= {Path("tasks/evaluate.py")}
-
-
-def test_only_evaluate_declares_the_gold_score() -> None:
-    assert {spec.name for spec in load_stages(ROOT).values() if str(GOLD.relative_to(ROOT)) in spec.deps} == {
-        "evaluate"
-    }
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_evaluate_imports_or_declares_the_gold_score(stage: str) -> None:
+    assert (GOLD in code_of(stage)) == (stage == "evaluate")
+    assert (GOLD in STAGES[stage].deps) == (stage == "evaluate")
 
 
 @pytest.mark.parametrize("stage", TRAINING)
 def test_training_reaches_neither_checks_nor_facts(stage: str) -> None:
-    reached = reachable(stage_files(stage))
+    reached = code_of(stage)
     assert not {GOLD, CHECKS, SIMULATED} & reached
-    assert not [path for path in reached if "tickets.jsonl" in path.read_text(encoding="utf-8")]
-    deps = load_stages(ROOT)[stage].deps
+    assert not [file for file in reached if "tickets.jsonl" in (ROOT / file).read_text(encoding="utf-8")]
     hidden = ("tasks/labels", "data/raw", "data/prepared/tickets.jsonl")
+    deps = STAGES[stage].deps
     assert not [dep for dep in deps if dep.startswith(hidden) or dep in ("data", "data/prepared", "tasks")]
 
 
 def test_the_walk_sees_what_is_there() -> None:
     """A walk that found nothing would prove nothing."""
-    assert {GOLD, CHECKS} <= reachable(stage_files("evaluate"))
-    assert {CHECKS, SIMULATED} <= reachable(stage_files("rank"))
-
-
-GOLD = ROOT / "tasks/labels/gold.py"
-CHECKS = ROOT / "tasks/labels/checks.py"
-SIMULATED = ROOT / "tasks/labels/simulated.py"
-
-
-def stage_files(stage: str) -> list[Path]:
-    """A stage is a module or a package of its name."""
-    module, package = ROOT / f"tasks/{stage}.py", ROOT / f"tasks/{stage}"
-    files = [module] if module.exists() else sorted(package.glob("*.py"))
-    assert files, f"stage {stage} has no code"
-    return files
-
-
-def imports_of(path: Path) -> set[Path]:
-    """Files under tasks/ that a file imports, anywhere in it, by any form of the import statement."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            parts = list(path.relative_to(ROOT).with_suffix("").parts)
-            base = ".".join(parts[: -node.level]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    places = [ROOT / name.replace(".", "/") for name in names if name.split(".")[0] == "tasks"]
-    found = {place.with_suffix(".py") for place in places} | {place / "__init__.py" for place in places}
-    return {file for file in found if file.exists()}
-
-
-def reachable(files: list[Path]) -> set[Path]:
-    reached: set[Path] = set()
-    waiting = list(files)
-    while waiting:
-        file = waiting.pop()
-        if file not in reached:
-            reached.add(file)
-            waiting.extend(imports_of(file))
-    return reached
+    assert {GOLD, CHECKS} <= code_of("evaluate")
+    assert {CHECKS, SIMULATED} <= code_of("rank")

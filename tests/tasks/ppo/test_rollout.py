@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tasks.models import load_language_model, load_scalar_model, split_model, trunk_states
+from tasks.models import load_language_model, load_scalar_model, pack, split_model, through_trunk
 from tasks.ppo.rollout import (
     Rollout,
+    final_states,
     generate,
     response_logprobs,
     sample_tokens,
@@ -93,6 +94,19 @@ def test_logprobs_are_those_of_a_plain_forward_pass(model: Any, depth: int | Non
     assert not again[~rollout.response_mask].any()
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_samples_of_a_prompt_go_through_with_it_once_and_give_the_same_states(model: Any, depth: int | None) -> None:
+    rollout = sample(model, depth, samples_per_prompt=4)
+    branch = split_model(model, depth)[1]
+    seen: list[int] = []
+    branch.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0] * inputs[0].shape[1]))
+    together, alone = final_states(branch, rollout), final_states(branch, rollout._replace(samples=1))
+    real = torch.cat([torch.ones(len(rollout.tokens), 1, dtype=torch.bool), rollout.response_mask], dim=1)
+    close(together[real], alone[real])
+    prompts, width, length = len(PROMPTS), rollout.prompt_length, rollout.responses.shape[1]
+    assert seen == [prompts * (width + 4 * length), 4 * prompts * (width + length)]
+
+
 def test_logprobs_with_gradients_are_those_without(model: Any) -> None:
     """With gradients the rows go through together, without them in chunks of 16: 20 rows make two chunks."""
     rollout = sample(model, 1, samples_per_prompt=4)
@@ -109,8 +123,8 @@ def test_captured_states_are_the_trunks(model: Any, depth: int | None) -> None:
     rollout = sample(model, depth, samples_per_prompt=2)
     trunk, _ = split_model(model, depth)
     sequences = [row[keep].tolist() for row, keep in zip(rollout.tokens, rollout.mask, strict=True)]
-    for row, fresh in enumerate(trunk_states(trunk, sequences, PAD, 3)):
-        close(rollout.states[row][rollout.mask[row]], fresh)
+    for row, fresh in enumerate(through_trunk(trunk, [pack(sequence, []) for sequence in sequences], 3)):
+        close(rollout.states[row][rollout.mask[row]], fresh.inputs)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -256,8 +270,8 @@ def test_score_last_token_is_the_classifiers_logit(model: Any, reward_model: Any
     states = torch.zeros(*rollout.tokens.shape, 32) if depth is not None else rollout.tokens
     sequences = [row[keep] for row, keep in zip(rollout.tokens, rollout.mask, strict=True)]
     if depth is not None:
-        for row, fresh in enumerate(trunk_states(trunk, [ids.tolist() for ids in sequences], PAD, 8)):
-            states[row][rollout.mask[row]] = fresh
+        for row, fresh in enumerate(through_trunk(trunk, [pack(ids.tolist(), []) for ids in sequences], 8)):
+            states[row][rollout.mask[row]] = fresh.inputs
     scores = score_last_token(branch, rollout._replace(states=states))
     with torch.no_grad():
         expected = [reward_model(input_ids=ids[None]).logits[0, 0] for ids in sequences]

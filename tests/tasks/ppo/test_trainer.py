@@ -104,17 +104,18 @@ def trained_weights(branch: Branch) -> list[Tensor]:
     return [weight.detach().clone() for weight in branch.parameters() if weight.requires_grad]
 
 
-def test_a_step_does_not_depend_on_the_micro_batch_size(folders: Folders) -> None:
+@pytest.mark.parametrize(("samples", "sizes"), [(1, (8, 3, 1)), (4, (8, 4))])
+def test_a_step_does_not_depend_on_the_micro_batch_size(folders: Folders, samples: int, sizes: tuple[int]) -> None:
     """The gradients themselves, before Adam takes their scale away, and then everything after two updates."""
     gradients, after = [], []
-    for size in (8, 3, 1):
-        trainer = make_trainer(folders, micro_batch_size=size)
+    for size in sizes:
+        trainer = make_trainer(folders, micro_batch_size=size, samples_per_prompt=samples)
         batch = trainer.judge(trainer.sample(0))
         trainer.policy_optimizer.zero_grad = trainer.value_optimizer.zero_grad = lambda: None  # type: ignore[assignment, method-assign, misc]
         figures = trainer.train_minibatch(batch, torch.arange(8))
         branches = (trainer.policy, trainer.value_model)
         gradients.append([weight.grad for branch in branches for weight in branch.parameters() if weight.requires_grad])
-        whole = make_trainer(folders, micro_batch_size=size)
+        whole = make_trainer(folders, micro_batch_size=size, samples_per_prompt=samples)
         history = list(whole)
         after.append((figures, history, [*trained_weights(whole.policy), *trained_weights(whole.value_model)]))
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[0])
@@ -125,6 +126,20 @@ def test_a_step_does_not_depend_on_the_micro_batch_size(folders: Folders) -> Non
         for row, expected in zip(history, after[0][1], strict=True):
             assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert_close(weights_after, after[0][2], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_those_of_episodes_that_go_through_one_by_one(folders: Folders) -> None:
+    """Four samples share the forward pass of their prompt."""
+    gradients = []
+    for samples in (4, 1):
+        trainer = make_trainer(folders)
+        batch = trainer.judge(trainer.sample(0)._replace(samples=samples))
+        trainer.policy_optimizer.zero_grad = trainer.value_optimizer.zero_grad = lambda: None  # type: ignore[assignment, method-assign, misc]
+        trainer.train_minibatch(batch, torch.arange(8))
+        branches = (trainer.policy, trainer.value_model)
+        gradients.append([weight.grad for branch in branches for weight in branch.parameters() if weight.requires_grad])
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[0])
+    assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 def test_frozen_parameters_do_not_change_and_the_trained_ones_all_do(folders: Folders) -> None:
