@@ -45,7 +45,7 @@ class Answers(NamedTuple):
     gold: Tensor  # in [0, 1]
     score: Tensor  # the reward model's, centred
     fluency: Tensor  # mean log-probability of a token under the frozen base model, nats
-    kl: Tensor  # log pi(answer) - log pi_sft(answer), nats; the mean estimates KL(pi, pi_sft)
+    kl: Tensor  # of the policy: log pi(answer) - log pi_sft(answer), nats; the mean estimates KL(pi, pi_sft)
     length: Tensor  # tokens, with the end token
     ended: Tensor  # 1 where the answer ends with the end token, else 0
 
@@ -105,17 +105,17 @@ def answer_all(
                 )
                 length = rollout.response_mask.sum(-1)
                 own = rollout.logprobs.sum(-1)
+                kl = torch.full_like(own, torch.nan)  # asked of the policy alone
                 # a model's log-probabilities of its own answers are known from their generation
                 sampled_at = params.evaluate.temperature
-                under_sft = own if name == "sft" else response_logprobs(branches["sft"], rollout, sampled_at).sum(-1)
+                if name == "policy":
+                    kl = own - response_logprobs(branches["sft"], rollout, sampled_at).sum(-1)
                 known = name == "base" and sampled_at == 1.0
                 under_base = own if known else response_logprobs(branches["base"], rollout, 1.0).sum(-1)
                 fluency = under_base / length
                 score = score_last_token(reward_branch, rollout) - reward_model.config.score_bias
                 texts = [decode_response(tokenizer, ids) for ids in rollout.response_ids()]
-                parts.append(
-                    judge(texts, [tickets[row] for row in rows], score, fluency, own - under_sft, length, rollout.ended)
-                )
+                parts.append(judge(texts, [tickets[row] for row in rows], score, fluency, kl, length, rollout.ended))
                 bar.update(len(rows))
             answers[name] = join(parts)
     return answers

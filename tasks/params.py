@@ -150,15 +150,28 @@ class Ppo(Section):
     epochs: PositiveInt
     learning_rate: PositiveFloat
     value_learning_rate: PositiveFloat
+    schedule: Literal["constant", "linear", "cosine"]  # of both learning rates, over all optimizer steps
+    warmup_share: Share  # of these steps, from 0 up to the rate
+    adam_betas: tuple[Share, Share]
+    adam_eps: PositiveFloat
     value_warmup_epochs: Annotated[int, Field(ge=0)]  # over the first episodes, before the policy moves
     temperature: PositiveFloat
+    top_p: Annotated[float, Field(gt=0, le=1)]
     kl_coef: NonNegative
+    kl_estimator: Literal["k1", "k3"]
+    kl_target: PositiveFloat | None  # nats a response: the adaptive controller steers kl_coef towards it
+    kl_horizon: PositiveInt  # episodes
     gamma: Share
     gae_lambda: Share
+    whiten_advantages: bool
+    whiten_rewards: bool  # the variance, not the mean
     clip_range: PositiveFloat
     value_clip_range: PositiveFloat
     max_grad_norm: PositiveFloat
-    missing_end_score: float  # replaces the score of a response that does not end
+    normalise_scores: bool  # by the running mean and standard deviation
+    score_clip: PositiveFloat | None
+    missing_end_score: float | None  # replaces the score of a response that does not end
+    missing_end_penalty: NonNegative  # taken off it where it is not replaced
 
 
 class Evaluate(Section):

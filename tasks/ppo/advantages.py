@@ -11,13 +11,12 @@ def last_token(mask: Tensor) -> Tensor:
     return mask.sum(-1) - 1
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Rewards (B, R): at each token -kl_coef * (log pi - log pi_ref), at the last one the score is added.
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Rewards (B, R): at each token -kl_coef * kl (B, R), at the last one the score (B,) is added.
 
-    InstructGPT, equation 2, without the pretraining term; per token as in Ziegler et al. 2019, section 2. The estimator
-    log pi - log pi_ref is k1 of Schulman, "Approximating KL divergence" (2020).
+    InstructGPT, equation 2, without the pretraining term; per token as in Ziegler et al. 2019, section 2.
     """
-    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    rewards = -kl_coef * kl * mask
     rewards[torch.arange(len(scores)), last_token(mask)] += scores
     return rewards
 
@@ -40,7 +39,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, (advantages + values) * mask
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over the kept entries, 0 on padding. (Ziegler et al. 2019, lm-human-preferences.)"""
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Variance 1 and mean 0 over the kept entries, 0 on padding. (Ziegler et al. 2019, lm-human-preferences.)
+
+    Without shift_mean the mean stays what it was: so rewards are whitened there, whose sign means something.
+    """
     kept = values[mask]
-    return (values - kept.mean()) / (kept.var(correction=0) + 1e-8).sqrt() * mask
+    mean = kept.mean()
+    whitened = (values - mean) / (kept.var(correction=0) + 1e-8).sqrt()
+    return (whitened if shift_mean else whitened + mean) * mask

@@ -11,6 +11,7 @@ Schulman et al. 2017.)
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,11 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import get_scheduler
 
 from tasks.models import Branch, Trunk
 from tasks.ppo.advantages import gae, token_rewards, whiten
+from tasks.ppo.kl import KLController, token_kl
 from tasks.ppo.loss import policy_loss, value_loss
 from tasks.ppo.rollout import Rollout, final_states, generate, response_logprobs, uniforms_for
+from tasks.ppo.scores import RunningMoments, clip_scores, score_missing_end
 
 if TYPE_CHECKING:
     from tasks.params import Ppo
@@ -38,7 +42,7 @@ class Batch(NamedTuple):
     scores: Tensor  # (B,)
     ref_logprobs: Tensor  # (B, R)
     values: Tensor  # (B, R) before the update
-    advantages: Tensor  # (B, R) whitened
+    advantages: Tensor  # (B, R) whitened where asked for
     returns: Tensor  # (B, R)
 
 
@@ -64,8 +68,11 @@ class PPOTrainer:
         self.reward_fn, self.prompts, self.params, self.seed = reward_fn, prompts, params, seed
         self.max_new_tokens, self.end_token, self.pad_token = max_new_tokens, end_token, pad_token
         self.value_bias = value_bias
-        self.policy_optimizer = _adam(policy, params.learning_rate)
-        self.value_optimizer = _adam(value_model, params.value_learning_rate)
+        self.kl_controller = KLController(params.kl_coef, params.kl_target, params.kl_horizon)
+        self.moments = RunningMoments()
+        steps = params.epochs * math.ceil(params.batch_size / params.minibatch_size) * params.updates
+        self.policy_optimizer, self.policy_schedule = _adam(policy, params.learning_rate, params, steps)
+        self.value_optimizer, self.value_schedule = _adam(value_model, params.value_learning_rate, params, steps)
         self.order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
         self.last_rollout: Rollout | None = None
         self.seconds: dict[str, float] = {}
@@ -81,7 +88,8 @@ class PPOTrainer:
             rollout = self.last_rollout = self.sample(update)
         shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + update)
         with self._timed("score"):
-            batch = self.judge(rollout)
+            scores = self.score(rollout)
+            batch = self.judge(rollout, scores)
         if update == 0:
             with self._timed("value_warmup"):
                 batch = self.warm_up_value(batch, shuffle)
@@ -90,7 +98,10 @@ class PPOTrainer:
             for _ in range(self.params.epochs):
                 for rows in self.minibatches(shuffle):
                     losses.append(self.train_minibatch(batch, rows))
-        return {**describe(batch), **mean_of(losses)}
+        figures = describe(batch)
+        coefficient = self.kl_controller.coefficient
+        self.kl_controller.update(figures["kl"], len(scores))
+        return {**figures, "kl_coef": coefficient, **mean_of(losses)}
 
     def sample(self, update: int) -> Rollout:
         """Responses to this update's prompts. Prompts come in shuffled order, each before any comes again."""
@@ -106,21 +117,35 @@ class PPOTrainer:
             end_token=self.end_token,
             pad_token=self.pad_token,
             temperature=self.params.temperature,
+            top_p=self.params.top_p,
             samples_per_prompt=self.params.samples_per_prompt,
         )
 
     @torch.no_grad()
-    def judge(self, rollout: Rollout) -> Batch:
-        """Scores, KL penalty, values and advantages of the episodes."""
-        params, mask = self.params, rollout.response_mask
+    def score(self, rollout: Rollout) -> Tensor:
+        """The reward function's scores (B,), shaped as the parameters say."""
+        params = self.params
         scores = self.reward_fn(rollout)
-        # A response that does not end gets a fixed low score instead (Stiennon et al.; N+ implementation details).
-        scores = torch.where(rollout.ended, scores, params.missing_end_score)
+        if params.normalise_scores:
+            self.moments.update(scores)
+            scores = self.moments.normalise(scores)
+        scores = clip_scores(scores, params.score_clip)
+        return score_missing_end(scores, rollout.ended, params.missing_end_score, params.missing_end_penalty)
+
+    @torch.no_grad()
+    def judge(self, rollout: Rollout, scores: Tensor) -> Batch:
+        """KL penalty, values and advantages of scored episodes."""
+        params, mask = self.params, rollout.response_mask
         ref_logprobs = response_logprobs(self.reference, rollout, params.temperature)
         values = torch.cat([self.values(part) for part in rollout.chunks()])
-        rewards = token_rewards(scores, rollout.logprobs, ref_logprobs, mask, params.kl_coef)
+        kl = token_kl(rollout.logprobs, ref_logprobs, mask, params.kl_estimator)
+        rewards = token_rewards(scores, kl, mask, self.kl_controller.coefficient)
+        if params.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, params.gamma, params.gae_lambda)
-        return Batch(rollout, scores, ref_logprobs, values, whiten(advantages, mask), returns)
+        if params.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        return Batch(rollout, scores, ref_logprobs, values, advantages, returns)
 
     def minibatches(self, shuffle: torch.Generator) -> Iterator[Tensor]:
         """Row numbers of an epoch's minibatches. The samples of one prompt stay together: they share its forward."""
@@ -150,8 +175,11 @@ class PPOTrainer:
             value.backward()
             for name, figure in {**policy._asdict(), "value_loss": value}.items():
                 totals["policy_loss" if name == "loss" else name] += figure.item()
+        totals["learning_rate"] = float(self.policy_schedule.get_last_lr()[0])
         totals["policy_grad_norm"] = _clip_and_step(self.policy, self.policy_optimizer, params.max_grad_norm)
         totals["value_grad_norm"] = _clip_and_step(self.value_model, self.value_optimizer, params.max_grad_norm)
+        self.policy_schedule.step()
+        self.value_schedule.step()
         return dict(totals)
 
     def warm_up_value(self, batch: Batch, shuffle: torch.Generator) -> Batch:
@@ -160,13 +188,17 @@ class PPOTrainer:
         The reward model was trained on whole responses alone. What it says of half a response is far off at first, and
         with gae_lambda < 1 that error would be the policy's first lesson.
         """
+        for group in self.value_optimizer.param_groups:
+            group["lr"] = self.params.value_learning_rate  # the schedule is of the policy's updates
         for _ in range(self.params.value_warmup_epochs):
             for rows in self.minibatches(shuffle):
                 count = float(batch.rollout.response_mask[rows].sum())
                 for part in rows.split(self.params.micro_batch_size):
                     self.value_loss(batch, part, count).backward()
                 _clip_and_step(self.value_model, self.value_optimizer, self.params.max_grad_norm)
-        return self.judge(batch.rollout) if self.params.value_warmup_epochs else batch
+        for group, rate in zip(self.value_optimizer.param_groups, self.value_schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        return self.judge(batch.rollout, batch.scores) if self.params.value_warmup_epochs else batch
 
     def value_loss(self, batch: Batch, rows: Tensor, count: float) -> Tensor:
         """The value loss of some episodes, as a share of a minibatch of `count` tokens."""
@@ -213,9 +245,16 @@ def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def _adam(branch: Branch, learning_rate: float) -> torch.optim.Optimizer:
+def _adam(
+    branch: Branch, learning_rate: float, params: Ppo, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam on what is trained, and its schedule over so many steps."""
     trained = [weight for weight in branch.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        trained, lr=learning_rate, betas=params.adam_betas, eps=params.adam_eps, weight_decay=0.0
+    )
+    name = "constant_with_warmup" if params.schedule == "constant" else params.schedule
+    return optimizer, get_scheduler(name, optimizer, round(params.warmup_share * steps), steps)
 
 
 def _clip_and_step(branch: Branch, optimizer: torch.optim.Optimizer, max_norm: float) -> float:

@@ -21,22 +21,20 @@ def test_last_token() -> None:
 
 
 def test_token_rewards_penalise_each_token_and_score_the_last() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
-    ref_logprobs = torch.tensor([[-2.0, -1.0, -3.0], [-1.5, -2.0, 0.0]])
+    kl = torch.tensor([[1.0, -1.0, 0.0], [0.5, 1.0, 0.0]])
     # row 1: -0.1 * (1, -1, 0), then + 2 on the third; row 2: -0.1 * (0.5, 1), then - 1 on the second
-    rewards = token_rewards(torch.tensor([2.0, -1.0]), logprobs, ref_logprobs, RAGGED[:2], 0.1)
+    rewards = token_rewards(torch.tensor([2.0, -1.0]), kl, RAGGED[:2], 0.1)
     close(rewards, [[-0.1, 0.1, 2.0], [-0.05, -1.1, 0.0]])
 
 
 def test_token_rewards_ignore_what_stands_on_padding() -> None:
-    logprobs, ref_logprobs = torch.zeros(1, 3), torch.tensor([[0.0, 0.0, 7.0]])
-    close(token_rewards(torch.tensor([1.0]), logprobs, ref_logprobs, RAGGED[1:2], 0.5), [[0.0, 1.0, 0.0]])
+    close(token_rewards(torch.tensor([1.0]), torch.tensor([[0.0, 0.0, 7.0]]), RAGGED[1:2], 0.5), [[0.0, 1.0, 0.0]])
 
 
 def test_token_rewards_leave_their_arguments_alone() -> None:
-    logprobs = torch.zeros(1, 3)
-    token_rewards(torch.tensor([1.0]), logprobs, logprobs, RAGGED[:1], 1.0)
-    assert not logprobs.any()
+    kl = torch.zeros(1, 3)
+    token_rewards(torch.tensor([1.0]), kl, RAGGED[:1], 1.0)
+    assert not kl.any()
 
 
 def test_gae_by_hand() -> None:
@@ -82,6 +80,13 @@ def test_whiten_by_hand() -> None:
     values = torch.tensor([[1.0, 3.0, 5.0], [7.0, 100.0, 100.0]])
     whitened = whiten(values, torch.tensor([[True, True, True], [True, False, False]]))
     close(whitened, [[-1.3416408, -0.4472136, 0.4472136], [1.3416408, 0.0, 0.0]])
+
+
+def test_whiten_without_a_shift_keeps_the_mean() -> None:
+    # as above, plus the mean of 4
+    values = torch.tensor([[1.0, 3.0, 5.0], [7.0, 100.0, 100.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    close(whiten(values, mask, shift_mean=False), [[2.6583592, 3.5527864, 4.4472136], [5.3416408, 0.0, 0.0]])
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])

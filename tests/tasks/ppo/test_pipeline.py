@@ -101,6 +101,7 @@ def test_the_stage_and_its_report(folders: dict[str, Path], tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"samples_per_prompt": 3}, r"ppo\.batch_size 8 is not a multiple of ppo\.samples_per_prompt 3"),
+        ({"minibatch_size": 3}, r"ppo\.minibatch_size 3 is not a multiple of ppo\.samples_per_prompt 2"),
         ({"minibatch_size": 10}, r"ppo\.minibatch_size 10 is larger than ppo\.batch_size 8"),
         ({"trainable_layers": 3}, r"trainable_layers is 3, and the model has 2 layers"),
     ],

@@ -22,8 +22,9 @@ from tasks.models import (
 )
 from tasks.params import load_params
 from tasks.ppo.advantages import gae, token_rewards, whiten
+from tasks.ppo.kl import token_kl
 from tasks.ppo.rollout import Rollout
-from tasks.ppo.trainer import PPOTrainer
+from tasks.ppo.trainer import Batch, PPOTrainer
 from tests.tiny import tiny_model_dir
 
 PAD, END = 0, 2
@@ -96,6 +97,10 @@ def make_trainer(
     )
 
 
+def judged(trainer: PPOTrainer, rollout: Rollout) -> Batch:
+    return trainer.judge(rollout, trainer.score(rollout))
+
+
 def weights(branch: Branch | Trunk) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in branch.named_parameters()}
 
@@ -110,7 +115,7 @@ def test_a_step_does_not_depend_on_the_micro_batch_size(folders: Folders, sample
     gradients, after = [], []
     for size in sizes:
         trainer = make_trainer(folders, micro_batch_size=size, samples_per_prompt=samples)
-        batch = trainer.judge(trainer.sample(0))
+        batch = judged(trainer, trainer.sample(0))
         trainer.policy_optimizer.zero_grad = trainer.value_optimizer.zero_grad = lambda: None  # type: ignore[assignment, method-assign, misc]
         figures = trainer.train_minibatch(batch, torch.arange(8))
         branches = (trainer.policy, trainer.value_model)
@@ -133,7 +138,7 @@ def test_gradients_are_those_of_episodes_that_go_through_one_by_one(folders: Fol
     gradients = []
     for samples in (4, 1):
         trainer = make_trainer(folders)
-        batch = trainer.judge(trainer.sample(0)._replace(samples=samples))
+        batch = judged(trainer, trainer.sample(0)._replace(samples=samples))
         trainer.policy_optimizer.zero_grad = trainer.value_optimizer.zero_grad = lambda: None  # type: ignore[assignment, method-assign, misc]
         trainer.train_minibatch(batch, torch.arange(8))
         branches = (trainer.policy, trainer.value_model)
@@ -200,7 +205,7 @@ def test_judge_puts_the_pieces_together(folders: Folders) -> None:
     trainer.policy.backbone.norm.weight.data *= 1.1
     rollout = trainer.sample(0)
     assert 0 < rollout.ended.sum() < len(rollout.ended)
-    batch = trainer.judge(rollout)
+    batch = judged(trainer, rollout)
     mask = rollout.response_mask
     # a response that does not end gets the fixed score
     assert_close(batch.scores, torch.where(rollout.ended, liked_share(rollout), -1.0))
@@ -218,7 +223,8 @@ def test_judge_puts_the_pieces_together(folders: Folders) -> None:
         )
     assert not batch.values[~mask].any()
     assert (rollout.logprobs - batch.ref_logprobs)[mask].abs().max() > 0.01
-    rewards = token_rewards(batch.scores, rollout.logprobs, batch.ref_logprobs, mask, 0.1)
+    kl = token_kl(rollout.logprobs, batch.ref_logprobs, mask, "k1")
+    rewards = token_rewards(batch.scores, kl, mask, 0.1)
     advantages, returns = gae(rewards, batch.values, mask, 0.95, PARAMS.gae_lambda)
     assert_close(batch.advantages, whiten(advantages, mask))
     assert_close(batch.returns, returns)
@@ -226,7 +232,7 @@ def test_judge_puts_the_pieces_together(folders: Folders) -> None:
 
 def test_the_first_minibatch_starts_from_ratio_one(folders: Folders) -> None:
     trainer = make_trainer(folders)
-    batch = trainer.judge(trainer.sample(0))
+    batch = judged(trainer, trainer.sample(0))
     figures = trainer.train_minibatch(batch, torch.arange(16))
     assert figures["ratio"] == pytest.approx(1, abs=1e-5)
     assert figures["approx_kl"] == pytest.approx(0, abs=1e-6)
@@ -254,7 +260,7 @@ def test_prompts_come_in_shuffled_order_each_before_any_comes_again(folders: Fol
 
 def test_value_warm_up_changes_the_value_model_alone(folders: Folders) -> None:
     trainer = make_trainer(folders, value_warmup_epochs=4)
-    batch = trainer.judge(trainer.sample(0))
+    batch = judged(trainer, trainer.sample(0))
     policy, value = weights(trainer.policy), weights(trainer.value_model)
     warm = trainer.warm_up_value(batch, torch.Generator().manual_seed(0))
     assert all(torch.equal(weight, policy[name]) for name, weight in trainer.policy.named_parameters())
@@ -268,10 +274,52 @@ def test_value_warm_up_changes_the_value_model_alone(folders: Folders) -> None:
     assert none.warm_up_value(batch, torch.Generator()) is batch
 
 
+def test_value_warm_up_is_at_the_full_rate(folders: Folders) -> None:
+    """The schedule, here still at 0, is that of the policy's steps; the warm-up hands it back as it was."""
+    trainer = make_trainer(folders, value_warmup_epochs=1, warmup_share=0.5)
+    value = weights(trainer.value_model)
+    trainer.warm_up_value(judged(trainer, trainer.sample(0)), torch.Generator().manual_seed(0))
+    assert any(not torch.equal(weight, value[name]) for name, weight in trainer.value_model.named_parameters())
+    assert trainer.value_optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_schedule_and_adaptive_kl_by_hand(folders: Folders) -> None:
+    trainer = make_trainer(folders, schedule="linear", kl_target=5.0, kl_horizon=100)
+    first, second = list(trainer)
+    # two updates of two steps: 1, 3/4, 1/2 and 1/4 of 0.003; the metric is the mean over an update's steps
+    assert [first["learning_rate"], second["learning_rate"]] == pytest.approx([0.003 * 7 / 8, 0.003 * 3 / 8])
+    # the first KL is 0, an error of -1, clipped to -0.2: 1 - 0.2 * 16 / 100
+    assert [first["kl_coef"], second["kl_coef"]] == pytest.approx([0.1, 0.1 * 0.968])
+
+
+def test_scores_are_normalised_then_clipped_then_marked_down_for_a_missing_end(folders: Folders) -> None:
+    trainer = make_trainer(
+        folders, normalise_scores=True, score_clip=0.5, missing_end_score=None, missing_end_penalty=2.0
+    )
+    rollout = trainer.sample(0)
+    assert 0 < rollout.ended.sum() < len(rollout.ended)
+    raw = liked_share(rollout)
+    shaped = ((raw - raw.mean()) / raw.std(correction=0)).clamp(-0.5, 0.5)
+    assert_close(trainer.score(rollout), torch.where(rollout.ended, shaped, shaped - 2.0))
+
+
+def test_whitened_rewards_keep_their_mean(folders: Folders) -> None:
+    trainer = make_trainer(folders, whiten_rewards=True, whiten_advantages=False, gae_lambda=1.0, gamma=1.0)
+    rollout = trainer.sample(0)
+    batch = judged(trainer, rollout)
+    mask = rollout.response_mask
+    kl = token_kl(rollout.logprobs, batch.ref_logprobs, mask, "k1")
+    rewards = whiten(token_rewards(batch.scores, kl, mask, 0.1), mask, shift_mean=False)
+    # with lambda and gamma 1 the first return is the sum of the rewards, and the advantage lacks the value alone
+    assert_close(batch.returns[:, 0], rewards.sum(-1), rtol=1e-4, atol=1e-4)
+    assert_close(batch.advantages, (batch.returns - batch.values) * mask)
+
+
 def test_the_metrics_of_an_update(folders: Folders) -> None:
     trainer = make_trainer(folders, value_warmup_epochs=1)
     first, second = list(trainer)
     assert set(first) == {
+        *("learning_rate", "kl_coef"),
         *("score", "score_std", "kl", "entropy", "value_explained_variance", "ended_share", "response_length"),
         *("policy_loss", "value_loss", "clip_fraction", "approx_kl", "ratio", "policy_grad_norm", "value_grad_norm"),
     }
