@@ -45,7 +45,7 @@ class Answers(NamedTuple):
     gold: Tensor  # in [0, 1]
     score: Tensor  # the reward model's, centred
     fluency: Tensor  # mean log-probability of a token under the frozen base model, nats
-    kl: Tensor  # of the policy: log pi(answer) - log pi_sft(answer), nats; the mean estimates KL(pi, pi_sft)
+    kl: Tensor  # the policy's log pi(answer) - log pi_sft(answer), nats: the mean estimates KL(pi, pi_sft); else NaN
     length: Tensor  # tokens, with the end token
     ended: Tensor  # 1 where the answer ends with the end token, else 0
 
@@ -105,14 +105,12 @@ def answer_all(
                 )
                 length = rollout.response_mask.sum(-1)
                 own = rollout.logprobs.sum(-1)
-                kl = torch.full_like(own, torch.nan)  # asked of the policy alone
-                # a model's log-probabilities of its own answers are known from their generation
-                sampled_at = params.evaluate.temperature
-                if name == "policy":
-                    kl = own - response_logprobs(branches["sft"], rollout, sampled_at).sum(-1)
-                known = name == "base" and sampled_at == 1.0
+                known = name == "base" and params.evaluate.temperature == 1.0
                 under_base = own if known else response_logprobs(branches["base"], rollout, 1.0).sum(-1)
                 fluency = under_base / length
+                kl = torch.full_like(own, torch.nan)
+                if name == "policy":
+                    kl = own - response_logprobs(branches["sft"], rollout, params.evaluate.temperature).sum(-1)
                 score = score_last_token(reward_branch, rollout) - reward_model.config.score_bias
                 texts = [decode_response(tokenizer, ids) for ids in rollout.response_ids()]
                 parts.append(judge(texts, [tickets[row] for row in rows], score, fluency, kl, length, rollout.ended))
