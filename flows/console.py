@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ class Bar:
     def __init__(self, stage: str, logger: Any) -> None:
         self._stage = stage
         self._logger = logger
-        self._logged = time.monotonic()
+        self._logged = -math.inf
         handlers = logging.getLogger().handlers
         self._terminal = next((one for one in handlers if isinstance(one, Terminal) and one.console.is_terminal), None)
 
