@@ -11,6 +11,7 @@ import difflib
 import signal
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import cast
 
 from prefect import flow
@@ -26,6 +27,7 @@ from flows.leftovers import mend_leftovers
 from flows.report import Report, pipeline_record, print_report, publish
 from flows.server import prefect_server
 from tasks.lineage import StageSpec, load_stages, upstream
+from tasks.params import load_params
 from tasks.stage import UserError
 
 
@@ -101,6 +103,8 @@ def _parse(argv: list[str] | None) -> list[str] | None:
             raise UserError(
                 f"no stage `{name}` in dvc.yaml" + (f"; did you mean `{near[0]}`?" if near else f": {', '.join(known)}")
             )
+    if Path("params.yaml").exists():
+        load_params(Path("params.yaml"))  # a wrong key is told now, not when the stage that reads it has its turn
     return wanted or None
 
 
