@@ -7,12 +7,16 @@ place in the graph asks here.
 from __future__ import annotations
 
 import subprocess
+import time
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from tasks.stage import UserError
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,15 @@ def upstream(specs: dict[str, StageSpec]) -> dict[str, set[str]]:
 def locked_outs(stage: str, root: Path = Path()) -> dict[str, str]:
     """{path: DVC hash} of what the stage last wrote, from dvc.lock; empty when it never ran to its end."""
     lock = root / "dvc.lock"
-    if not lock.exists():
-        return {}
-    entry = YAML(typ="safe").load(lock).get("stages", {}).get(stage, {})
-    return {out["path"]: out["md5"] for out in entry.get("outs", [])}
+    for attempt in range(10):  # DVC writes the file in place: a reader beside it may find it empty or cut off
+        if not lock.exists():
+            return {}
+        try:
+            entry = YAML(typ="safe").load(lock)["stages"].get(stage, {})
+            return {out["path"]: out["md5"] for out in entry.get("outs", [])}
+        except (YAMLError, TypeError, KeyError):
+            time.sleep(0.05 * (attempt + 1))
+    raise UserError(f"{lock} is damaged. Restore it with `git checkout {lock}`, or remove it and run again.")
 
 
 def hash_path(path: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
 from tasks.lineage import git_state, hash_path, load_stages, locked_outs, upstream
+from tasks.stage import UserError
 from tests.tiny import shell, tiny_repo
 
 DVC_YAML = """
@@ -72,6 +75,20 @@ def test_hashes_are_those_of_dvc_lock(tmp_path: Path) -> None:
     assert locked_outs("first", repo) == {path: hash_path(repo / path) for path in ("data/a", "data/b")}
     assert hash_path(repo / "data/b/part") == "26ab0db90d72e28ad0ba1e22ee510510"  # md5 of "2\n"
     assert locked_outs("middle", repo) == {}
+
+
+def test_dvc_lock_is_read_while_dvc_writes_it(tmp_path: Path) -> None:
+    text = "stages:\n  first:\n    outs: [{path: data/a, md5: '26'}]\n"
+    (tmp_path / "dvc.lock").write_text("")
+    threading.Timer(0.1, (tmp_path / "dvc.lock").write_text, [text]).start()
+    assert locked_outs("first", tmp_path) == {"data/a": "26"}
+
+
+def test_a_damaged_dvc_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    (tmp_path / "dvc.lock").write_text("stages:\n  first: {outs: [")
+    with pytest.raises(UserError, match=r"dvc\.lock is damaged"):
+        locked_outs("first", tmp_path)
 
 
 def test_git_state(tmp_path: Path) -> None:
