@@ -192,31 +192,14 @@ class Branch(nn.Module):
     def forward(self, states: Tensor, attention_mask: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
         return _final_states(self.backbone, states, attention_mask, positions, cache)
 
-    def trainable_copy(self, trainable_layers: Literal["all"] | int) -> Branch:
-        """A copy of which the top blocks, the final norm and a scalar head are trained, or everything.
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that have gradients (a tied embedding once)."""
+        return [weight for weight in self.parameters() if weight.requires_grad]
 
-        A vocabulary head is tied to the embedding: where that is frozen, it is shared and not copied.
-        """
-        head: Any = self.head.weight
-        shared = trainable_layers != "all" and head.shape[0] > 1
-        clone = copy.deepcopy(self, {id(head): head} if shared else None)
-        clone.requires_grad_(trainable_layers == "all")
-        if trainable_layers != "all":
-            clone.backbone.layers[-trainable_layers:].requires_grad_(True)
-            clone.backbone.norm.requires_grad_(True)
-            clone.head.requires_grad_(not shared)
-        return clone
-
-    def write_into(self, model: Any) -> None:
-        """Put this branch's weights into the model that it was copied from (or one of the same shape)."""
-        with torch.no_grad():
-            for target, source in zip(model.model.layers[self.depth or 0 :], self.backbone.layers, strict=True):
-                target.load_state_dict(source.state_dict())
-            model.model.norm.load_state_dict(self.backbone.norm.state_dict())
-            head = model.score if hasattr(model, "score") else model.lm_head
-            head.load_state_dict(self.head.state_dict())
-            if self.depth is None:
-                model.model.embed_tokens.load_state_dict(self.backbone.embed_tokens.state_dict())
+    def frozen_copy(self) -> Branch:
+        """This branch as it is now, for good: what is trained is copied, what is frozen is shared."""
+        shared = {id(weight): weight for weight in self.parameters() if not weight.requires_grad}
+        return copy.deepcopy(self, shared).requires_grad_(False)
 
 
 def split_model(model: Any, depth: int | None) -> tuple[Trunk, Branch]:
@@ -231,14 +214,15 @@ def shared_depth(one: Any, other: Any, at_most: int | None) -> int | None:
     """
 
     def same(a: nn.Module, b: nn.Module) -> bool:
-        return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+        own, theirs = list(a.parameters()), list(b.parameters())
+        return len(own) == len(theirs) and all(map(torch.equal, own, theirs))
 
     if at_most is None or not same(one.model.embed_tokens, other.model.embed_tokens):
         return None
-    for depth in range(at_most):
+    for depth in range(min(at_most, len(other.model.layers))):
         if not same(one.model.layers[depth], other.model.layers[depth]):
             return depth
-    return at_most
+    return min(at_most, len(other.model.layers))
 
 
 def _slice_backbone(backbone: Any, start: int, stop: int | None) -> Any:
@@ -261,6 +245,10 @@ def _final_states(
         use_cache=cache is not None,
     ).last_hidden_state
     return final
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def left_padded(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

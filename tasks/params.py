@@ -7,6 +7,7 @@ or unknown key is an error that names the key and the nearest right one.
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -23,6 +24,7 @@ from pydantic import (
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from tasks.ppo.params import PPOParams
 from tasks.stage import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -116,6 +118,7 @@ class Sft(Section):
     warmup_share: Share
     weight_decay: NonNegative
     validation_share: Share
+    checkpoint_every: PositiveInt  # optimizer steps
 
 
 class Sample(Section):
@@ -138,40 +141,17 @@ class Reward(Section):
     warmup_share: Share
     weight_decay: NonNegative
     centre_on: PositiveInt  # demonstrations whose mean score becomes 0
+    checkpoint_every: PositiveInt  # optimizer steps
 
 
-class Ppo(Section):
-    trainable_layers: TrainableLayers
-    updates: PositiveInt
-    batch_size: PositiveInt  # episodes an update
-    samples_per_prompt: PositiveInt
-    minibatch_size: PositiveInt  # episodes an optimizer step
-    micro_batch_size: PositiveInt  # episodes a forward pass; memory, not results, depends on it
-    epochs: PositiveInt
-    learning_rate: PositiveFloat
-    value_learning_rate: PositiveFloat
-    schedule: Literal["constant", "linear", "cosine"]  # of both learning rates, over all optimizer steps
-    warmup_share: Share  # of these steps, from 0 up to the rate
-    adam_betas: tuple[Share, Share]
-    adam_eps: PositiveFloat
-    value_warmup_epochs: Annotated[int, Field(ge=0)]  # over the first episodes, before the policy moves
-    temperature: PositiveFloat
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    kl_coef: NonNegative
-    kl_estimator: Literal["k1", "k3"]
-    kl_target: PositiveFloat | None  # nats a response: the adaptive controller steers kl_coef towards it
-    kl_horizon: PositiveInt  # episodes
-    gamma: Share
-    gae_lambda: Share
-    whiten_advantages: bool
-    whiten_rewards: bool  # the variance, not the mean
-    clip_range: PositiveFloat
-    value_clip_range: PositiveFloat
-    max_grad_norm: PositiveFloat
-    normalise_scores: bool  # by the running mean and standard deviation
-    score_clip: PositiveFloat | None
-    missing_end_score: float | None  # replaces the score of a response that does not end
-    missing_end_penalty: NonNegative  # taken off it where it is not replaced
+@dataclass(frozen=True, kw_only=True)
+class Ppo(PPOParams):
+    """The trainer's own, and what the stage needs beside them. All of them stand in params.yaml."""
+
+    rewards: dict[str, float] = field(default_factory=lambda: {"model": 1.0})
+    """{what: weight}. `model` is the reward model; `FILE.py:FUNCTION` is (prompts, responses) -> scores, of texts."""
+    sample_every: PositiveInt = 4  # updates between tables of sample texts in MLflow
+    checkpoint_every: PositiveInt = 2  # updates
 
 
 class Evaluate(Section):
@@ -219,24 +199,31 @@ def load_params(path: Path) -> Params:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `ppo:`, and holds {type(raw).__name__}.")
+    # the trainer's parameters have defaults for those who use it alone; here the file says everything
+    ppo = raw.get("ppo")
+    wrong = [f"key `ppo.{one.name}` is missing" for one in fields(Ppo) if isinstance(ppo, dict) and one.name not in ppo]
     try:
-        return Params.model_validate(raw)
+        params = Params.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        wrong = [_explain(problem) for problem in error.errors()] + wrong
+    if wrong:
+        raise UserError(f"{path}:\n" + "\n".join(f"  {line}" for line in wrong))
+    return params
 
 
 def _explain(problem: Any) -> str:
     """One line for one wrong key: where, what, and for an unknown one the nearest right one."""
     where = [str(part) for part in problem["loc"]]
     key = ".".join(where)
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_of(where[:-1])
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
         return f"unknown key `{key}`; {hint}"
     if problem["type"] == "missing":
         return f"key `{key}` is missing"
+    if problem["type"] == "value_error":  # of a whole section, and names what is wrong in it
+        return f"`{key}`: {problem['ctx']['error']}"
     return f"`{key}`: {problem['msg']} (it is {problem['input']!r})"
 
 
@@ -244,14 +231,18 @@ def _keys_of(section: list[str]) -> list[str]:
     """The keys that the schema knows at a place."""
     model: Any = Params
     for part in section:
-        if part.isdigit():  # a place in a list: what the list holds
-            model = next(iter(get_args(model)), None)
-        else:
-            model = {(field.alias or name): field.annotation for name, field in model.model_fields.items()}.get(part)
+        # a place in a list: what the list holds
+        model = next(iter(get_args(model)), None) if part.isdigit() else _kinds(model).get(part)
         if get_origin(model) is list:
             continue
         # of an optional section, the section
-        model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)
-        if not hasattr(model, "model_fields"):
-            return []
-    return [field.alias or name for name, field in model.model_fields.items()]
+        model = next((kind for kind in get_args(model) if _kinds(kind)), model)
+    return list(_kinds(model))
+
+
+def _kinds(section: Any) -> dict[str, Any]:
+    """{key: type} of a section; empty where it is none."""
+    if is_dataclass(section):
+        return {one.name: one.type for one in fields(section)}
+    known = getattr(section, "model_fields", {})
+    return {(one.alias or name): one.annotation for name, one in known.items()}

@@ -4,6 +4,7 @@
 one batch element; each response goes through the model once, and so does the prompt that they share. TRL's
 RewardTrainer is not used here: it forwards a response, with its prompt, once for every pair that it stands in, K - 1
 times, and through all blocks at every step; here the frozen trunk's states are computed once and serve every epoch.
+A run that was killed goes on from its last checkpoint; the trunk's states are computed anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from tasks.checkpoints import (
+    Checkpoints,
+    load_optimizer_state,
+    nest,
+    optimizer_state,
+    pick,
+    restore_rng,
+    rng_state,
+)
 from tasks.datasets import Demonstration, Ranking, read_rows, write_csv, write_json
 from tasks.models import (
     Packed,
@@ -55,7 +65,7 @@ def run(stage: Stage) -> None:
     model = load_scalar_model(folder)
     init_head(model, stage.params.seed)
 
-    history = train(model, tokenizer, training, params, stage.params.seed, stage.tracker)
+    history = train(model, tokenizer, training, params, stage.params.seed, stage.tracker, stage.checkpoints)
 
     centre_on = [
         pack(encode_prompt(tokenizer, row.prompt), [encode_response(tokenizer, row.response)])
@@ -126,9 +136,16 @@ def pack_ranking(tokenizer: Any, row: Ranking) -> Packed:
 
 
 def train(
-    model: Any, tokenizer: Any, rankings: list[Ranking], params: Reward, seed: int, tracker: Any
+    model: Any,
+    tokenizer: Any,
+    rankings: list[Ranking],
+    params: Reward,
+    seed: int,
+    tracker: Any,
+    checkpoints: Checkpoints,
 ) -> list[dict[str, float]]:
-    """Train in place. The curve: step, loss and accuracy of the batch before its step."""
+    """Train in place, from the last checkpoint where there is one. The curve: step, loss and accuracy of the batch
+    before its step."""
     depth = trunk_depth(model, params.trainable_layers)
     trunk, branch = split_model(model, depth)
     packs = [pack_ranking(tokenizer, row) for row in rankings]
@@ -137,36 +154,67 @@ def train(
     ranks = [torch.tensor(row.ranks) for row in rankings]
 
     branch.requires_grad_(True)
-    steps = params.epochs * math.ceil(len(rankings) / params.batch_prompts)
+    batches = shuffled_batches(len(rankings), params.batch_prompts, params.epochs, seed)
+    steps = len(batches)
     optimizer = torch.optim.AdamW(
         branch.parameters(), lr=params.learning_rate, betas=(0.9, 0.95), weight_decay=params.weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, steps, round(steps * params.warmup_share))
     )
-    shuffle = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
-    with tqdm(total=steps, desc="reward", unit="step") as bar:
-        for _ in range(params.epochs):
-            order = torch.randperm(len(rankings), generator=shuffle).tolist()
-            for start in range(0, len(order), params.batch_prompts):
-                chosen = order[start : start + params.batch_prompts]
-                scores = score_packed(branch, [packs[index] for index in chosen])
-                loss = torch.stack(
-                    [kwise_loss(group, ranks[index]) for group, index in zip(scores, chosen, strict=True)]
-                ).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                right = torch.cat([pair_accuracy(s, ranks[i]) for s, i in zip(scores, chosen, strict=True)]).mean()
-                history.append({"step": len(history) + 1, "loss": loss.item(), "accuracy": right.item()})
-                tracker.metrics({"reward/loss": loss.item(), "reward/batch_accuracy": right.item()}, len(history))
-                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{right.item():.2f}")
-                bar.update()
+
+    def log(row: dict[str, float]) -> None:
+        history.append(row)
+        tracker.metrics({"reward/loss": row["loss"], "reward/batch_accuracy": row["accuracy"]}, len(history))
+
+    def save_checkpoint() -> None:
+        optimizer_tensors, optimizer_facts = optimizer_state(optimizer)
+        rng, rng_facts = rng_state()
+        tensors = nest("branch", branch.state_dict()) | nest("optimizer", optimizer_tensors) | nest("rng", rng)
+        facts = {
+            "optimizer": optimizer_facts,
+            "rng": rng_facts,
+            "schedule": schedule.state_dict(),
+            "history": history,
+        }
+        checkpoints.save(len(history), tensors, facts)
+
+    if checkpoint := checkpoints.latest():
+        checkpoint.announce("reward", "step", steps)
+        branch.load_state_dict(pick("branch", checkpoint.tensors))
+        load_optimizer_state(optimizer, pick("optimizer", checkpoint.tensors), checkpoint.facts["optimizer"])
+        schedule.load_state_dict(checkpoint.facts["schedule"])
+        restore_rng(pick("rng", checkpoint.tensors), checkpoint.facts["rng"])
+        for row in checkpoint.facts["history"]:
+            log(row)
+
+    with tqdm(total=steps, initial=len(history), desc="reward", unit="step") as bar:
+        for chosen in batches[len(history) :]:
+            scores = score_packed(branch, [packs[index] for index in chosen])
+            loss = torch.stack(
+                [kwise_loss(group, ranks[index]) for group, index in zip(scores, chosen, strict=True)]
+            ).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(branch.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            right = torch.cat([pair_accuracy(s, ranks[i]) for s, i in zip(scores, chosen, strict=True)]).mean()
+            log({"step": len(history) + 1, "loss": loss.item(), "accuracy": right.item()})
+            if len(history) % params.checkpoint_every == 0:
+                save_checkpoint()
+            bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{right.item():.2f}")
+            bar.update()
     model.requires_grad_(False)
     return history
+
+
+def shuffled_batches(rows: int, size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The places of the rows in each batch of the whole training: every row once an epoch, in a new order each."""
+    shuffle = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(rows, generator=shuffle).tolist() for _ in range(epochs)]
+    return [order[start : start + size] for order in orders for start in range(0, rows, size)]
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:

@@ -1,17 +1,29 @@
 """Stage `sft`: fine-tune the base model on the demonstrations (InstructGPT, step 1).
 
 `python -m tasks.run sft`. TRL's SFTTrainer does the training; the loss is on the response alone, the end token
-included. The epoch with the lowest validation loss is kept.
+included. The epoch with the lowest validation loss is kept. A run that was killed goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer_state,
+    nest,
+    optimizer_state,
+    pick,
+    restore_rng,
+    rng_state,
+)
 from tasks.datasets import Demonstration, read_rows, write_csv, write_json
 from tasks.models import (
     encode_prompt,
@@ -42,7 +54,7 @@ def run(stage: Stage) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         model, history = train(
-            model, tokenizer, training, validation, params, stage.params.seed, stage.tracker, scratch
+            model, tokenizer, training, validation, params, stage.params.seed, stage.tracker, stage.checkpoints, scratch
         )
 
     save_model(model, tokenizer, stage.out("data/models/sft"))
@@ -83,6 +95,7 @@ def train(
     params: Sft,
     seed: int,
     tracker: Any,
+    checkpoints: Checkpoints,
     scratch: str,
 ) -> tuple[Any, list[dict[str, float | None]]]:
     """The model with the best epoch's weights, and the loss curve: rows of step, epoch, loss, validation_loss."""
@@ -93,7 +106,7 @@ def train(
     steps = math.ceil(len(training) / params.batch_size) * params.epochs
     config = SFTConfig(
         output_dir=scratch,
-        save_strategy="no",  # the trainer's own checkpoints hold pickles
+        save_strategy="no",  # `record` says when
         report_to="none",
         eval_strategy="epoch",
         logging_steps=max(1, steps // 50),
@@ -114,7 +127,7 @@ def train(
         bf16=False,
         dataloader_pin_memory=False,
     )
-    record = _record_callback(tracker)
+    record = _record_callback(tracker, params.checkpoint_every)
     trainer = _trainer_class()(
         model=model,
         args=config,
@@ -127,24 +140,24 @@ def train(
         callbacks=[record],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=trainer.resume(checkpoints, record))
     record.restore_best(trainer.model)
     trained = trainer.model.merge_and_unload() if params.lora else trainer.model
     return trained.requires_grad_(False).eval(), record.history
 
 
 def _trainer_class() -> Any:
-    """TRL's SFTTrainer with a leaner loss; made in a function because importing TRL takes ten seconds."""
+    """TRL's SFTTrainer with a leaner loss, and checkpoints without pickles; made in a function because importing TRL
+    takes ten seconds."""
     import torch.nn.functional as F
     from trl import SFTTrainer
 
     class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
-        """TRL's own loss works out entropy and top-1 accuracy of every token as well: over a vocabulary of 49k that
-        doubles the time of a step on a CPU. The loss is the same number (tests/tasks/test_sft.py)."""
-
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
+            """TRL's own loss works out entropy and top-1 accuracy of every token as well: over a vocabulary of 49k that
+            doubles the time of a step on a CPU. The loss is the same number (tests/tasks/test_sft.py)."""
             labels = inputs.pop("labels")  # (B, T), -100 where there is no loss
             kept = labels != -100
             first = int(kept.any(0).nonzero()[0])
@@ -154,7 +167,62 @@ def _trainer_class() -> Any:
             loss = total / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
+        # Transformers finds its place in the data by itself; all else it would pickle. What follows stands in for that.
+
+        def resume(self, checkpoints: Checkpoints, record: Any) -> str | None:
+            """What `train` takes as resume_from_checkpoint: a folder with the trainer's own state alone, JSON; or None
+            where there is nothing to resume from."""
+            self.checkpoints, self.record = checkpoints, record
+            checkpoint = checkpoints.latest()
+            if checkpoint is None:
+                return None
+            self.checkpoint = checkpoint
+            checkpoint.announce("sft", "step", checkpoint.facts["trainer"]["max_steps"])
+            record.restore(checkpoint)
+            folder = Path(self.args.output_dir) / "resume"
+            write_json(folder / "trainer_state.json", checkpoint.facts["trainer"])
+            return str(folder)
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            optimizer, optimizer_facts = optimizer_state(self.optimizer)
+            rng, rng_facts = rng_state()
+            tensors = {
+                **nest("model", _trained(self.model)),
+                **nest("best", self.record.best),
+                **nest("optimizer", optimizer),
+                **nest("rng", rng),
+                "loss_since_log": self._tr_loss,
+            }
+            facts = {
+                "optimizer": optimizer_facts,
+                "rng": rng_facts,
+                "schedule": self.lr_scheduler.state_dict(),
+                "trainer": dataclasses.asdict(self.state),
+                "last_log": self._globalstep_last_logged,
+                "history": self.record.history,
+                "logged": self.record.logged,
+            }
+            self.checkpoints.save(self.state.global_step, tensors, facts)
+
+        def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+            self.model.load_state_dict(pick("model", self.checkpoint.tensors), strict=False)
+
+        def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+            tensors, facts = pick("optimizer", self.checkpoint.tensors), self.checkpoint.facts
+            load_optimizer_state(self.optimizer, tensors, facts["optimizer"])
+            self.lr_scheduler.load_state_dict(facts["schedule"])
+
+        def _load_rng_state(self, folder: str | None) -> None:
+            """Called before the first step. The loop has set to 0 the loss since the last log; that comes back too."""
+            restore_rng(pick("rng", self.checkpoint.tensors), self.checkpoint.facts["rng"])
+            self._tr_loss.copy_(self.checkpoint.tensors["loss_since_log"])
+            self._globalstep_last_logged = self.checkpoint.facts["last_log"]
+
     return CompletionTrainer
+
+
+def _trained(model: Any) -> dict[str, Any]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _has_gpu() -> bool:
@@ -178,22 +246,39 @@ def _dataset(rows: list[Demonstration], tokenizer: Any) -> Any:
     )
 
 
-def _record_callback(tracker: Any) -> Any:
-    """A trainer callback: progress bar, loss curve, metrics to the tracker, the best epoch's weights in memory."""
+def _record_callback(tracker: Any, checkpoint_every: int) -> Any:
+    """A trainer callback: progress bar, loss curve, metrics to the tracker, the best epoch's weights in memory, and
+    when a checkpoint is due."""
     from tqdm import tqdm
     from transformers import TrainerCallback
 
     class Record(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.history: list[dict[str, float | None]] = []
+            self.logged: list[tuple[dict[str, float], int]] = []
             self.best_loss = math.inf
             self.best: dict[str, Any] = {}
 
+        def restore(self, checkpoint: Checkpoint) -> None:
+            """As it was at a checkpoint; what was logged until then is logged again, to this run."""
+            self.history = checkpoint.facts["history"]
+            losses = [row["validation_loss"] for row in self.history if row["validation_loss"] is not None]
+            self.best_loss = min(losses, default=math.inf)
+            self.best = pick("best", checkpoint.tensors)
+            for values, step in checkpoint.facts["logged"]:
+                self._log(values, step)
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = tqdm(total=state.max_steps, desc="sft", unit="step")
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="sft", unit="step")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.update()
+            # at the end of an epoch after its validation, not before: resuming would leave that out
+            ends_epoch = state.global_step % (state.max_steps // args.num_train_epochs) == 0
+            control.should_save = self._is_due(state) and not ends_epoch
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_save = self._is_due(state)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.close()
@@ -202,18 +287,22 @@ def _record_callback(tracker: Any) -> Any:
             if "loss" in logs:
                 self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
                 self._add(state, loss=logs["loss"], validation_loss=None)
-                tracker.metrics(
-                    {"sft/loss": logs["loss"], "sft/learning_rate": logs["learning_rate"]}, state.global_step
-                )
+                self._log({"sft/loss": logs["loss"], "sft/learning_rate": logs["learning_rate"]}, state.global_step)
 
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
             loss = metrics["eval_loss"]
             self._add(state, loss=None, validation_loss=loss)
-            tracker.metrics({"sft/validation_loss": loss}, state.global_step)
+            self._log({"sft/validation_loss": loss}, state.global_step)
             if loss < self.best_loss:
                 self.best_loss = loss
-                trained = [(n, p) for n, p in kwargs["model"].named_parameters() if p.requires_grad]
-                self.best = {name: weight.detach().clone() for name, weight in trained}
+                self.best = {name: weight.detach().clone() for name, weight in _trained(kwargs["model"]).items()}
+
+        def _is_due(self, state: Any) -> bool:
+            return bool(state.global_step % checkpoint_every == 0)
+
+        def _log(self, values: dict[str, float], step: int) -> None:
+            self.logged.append((values, step))
+            tracker.metrics(values, step)
 
         def _add(self, state: Any, **losses: float | None) -> None:
             self.history.append({"step": state.global_step, "epoch": round(state.epoch, 4), **losses})

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tasks.checkpoints import Checkpoints
     from tasks.lineage import StageSpec
     from tasks.params import Params
     from tasks.tracking import Tracker
+
+
+CHECKPOINTS = Path(".rlhf/checkpoints")  # git-ignored, outside every out: DVC removes those before a stage runs
 
 
 class UserError(Exception):
@@ -53,18 +61,52 @@ class Stage:
         self._pending[temporary] = final
         return temporary
 
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Where a training stage keeps what it resumes from: `.rlhf/checkpoints/STAGE/FINGERPRINT/step-000024/`.
+
+        They outlive a stage that fails or is killed, and are removed by `commit`. On disk are at most, of a stage, the
+        two newest, one more while it is written, and one of the last run with other code, data or parameters.
+        """
+        from tasks.checkpoints import Checkpoints, remove_other_runs  # they import torch, which other stages need not
+
+        fingerprint = self.fingerprint()
+        folder = self.root / CHECKPOINTS / self.spec.name / fingerprint[:16]
+        remove_other_runs(folder)
+        return Checkpoints(folder, fingerprint=fingerprint)
+
+    def fingerprint(self) -> str:
+        """A hash of all that the result depends on: the command, the content of the inputs and the code, parameters."""
+        declared = self.params.model_dump(mode="json", by_alias=True)
+        parts = {
+            "cmd": self.spec.cmd,
+            "deps": {dep: dict(_content(self.root / dep)) for dep in self.spec.deps},
+            "params": {section: declared[section] for section in self.spec.params},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def commit(self) -> None:
-        """Put every output in its place."""
+        """Put every output in its place. What the stage could have resumed from is not needed any more."""
         for temporary, final in self._pending.items():
             _remove(final)
             temporary.replace(final)
         self._pending.clear()
+        if "checkpoints" in vars(self):
+            self.checkpoints.clear()
 
     def discard(self) -> None:
         """Remove what was written so far."""
         for temporary in self._pending:
             _remove(temporary)
         self._pending.clear()
+
+
+def _content(path: Path) -> Iterator[tuple[str, str]]:
+    """(path within, SHA-256) of a file, or of each file in a folder but what Python writes beside the code."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            with file.open("rb") as content:
+                yield file.relative_to(path).as_posix(), hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

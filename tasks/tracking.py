@@ -106,9 +106,13 @@ class Tracker:
             self._journal.keep(path)
         self._record({"kind": "artifact", "name": path.name})
 
+    def tags(self, tags: dict[str, str]) -> None:
+        """Facts in words about the run."""
+        self._record({"kind": "tags", "tags": tags})
+
     def outs(self, paths: dict[str, Path]) -> None:
         """The DVC hashes of what the stage wrote: by them a later pipeline finds this run."""
-        self._record({"kind": "tags", "tags": {f"dvc.out.{out}": hash_path(path) for out, path in paths.items()}})
+        self.tags({f"dvc.out.{out}": hash_path(path) for out, path in paths.items()})
 
     def run_id(self, timeout: float = 60.0) -> str:
         """The MLflow run of this stage, once it is there. For `register`, which cannot do its work without MLflow."""

@@ -17,7 +17,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     InstructGPT, equation 2, without the pretraining term; per token as in Ziegler et al. 2019, section 2.
     """
     rewards = -kl_coef * kl * mask
-    rewards[torch.arange(len(scores)), last_token(mask)] += scores
+    rewards[torch.arange(len(scores), device=scores.device), last_token(mask)] += scores
     return rewards
 
 

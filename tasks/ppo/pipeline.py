@@ -1,29 +1,29 @@
 """Stage `ppo`: optimise the policy against the reward model (InstructGPT, step 3).
 
-`python -m tasks.run ppo`. The policy starts from the SFT model and the value model from the reward model.
+`python -m tasks.run ppo`. The policy starts from the SFT model and the value model from the reward model. Killed, it
+goes on from its last checkpoint and ends with the same bits.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from tasks.datasets import Prompt, read_rows, write_csv, write_json
+from tasks.datasets import Demonstration, Prompt, read_rows, write_csv, write_json
 from tasks.models import (
-    decode_response,
     encode_prompt,
+    encode_response,
     load_language_model,
     load_scalar_model,
     load_tokenizer,
     require_same_tokenizer,
     save_model,
-    shared_depth,
-    split_model,
-    trunk_depth,
 )
-from tasks.ppo.rollout import Rollout, score_last_token
+from tasks.ppo.ptx import Text
+from tasks.ppo.rewards import Reward, RewardFunction
 from tasks.ppo.trainer import PPOTrainer
 from tasks.stage import Stage, UserError
 
@@ -32,68 +32,123 @@ def train_policy(stage: Stage) -> None:
     params = stage.params.ppo
     sft_folder, reward_folder = stage.dep("data/models/sft"), stage.dep("data/models/reward")
     require_same_tokenizer(sft_folder, reward_folder)
-    prompts = read_rows(stage.dep("data/prepared/prompts/ppo.jsonl"), Prompt)
-    for name in ("batch_size", "minibatch_size", "micro_batch_size"):
-        if getattr(params, name) % params.samples_per_prompt:
-            raise UserError(
-                f"ppo.{name} {getattr(params, name)} is not a multiple of "
-                f"ppo.samples_per_prompt {params.samples_per_prompt}: the samples of a prompt go through together."
-            )
-    if params.minibatch_size > params.batch_size:
-        raise UserError(
-            f"ppo.minibatch_size {params.minibatch_size} is larger than ppo.batch_size {params.batch_size}."
-        )
     tokenizer = load_tokenizer(sft_folder)
-    sft, reward_model = load_language_model(sft_folder), load_scalar_model(reward_folder)
-    depth = shared_depth(sft, reward_model, at_most=trunk_depth(sft, params.trainable_layers))
-    trunk, reference = split_model(sft, depth)
-    _, reward_branch = split_model(reward_model, depth)
-    policy = reference.trainable_copy(params.trainable_layers)
-    value_model = reward_branch.trainable_copy(params.trainable_layers)
-
-    def score(rollout: Rollout) -> Tensor:
-        return score_last_token(reward_branch, rollout) - float(reward_model.config.score_bias)
-
+    policy, reward_model = load_language_model(sft_folder), load_scalar_model(reward_folder)
+    demonstrations = read_rows(stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration)
     trainer = PPOTrainer(
-        trunk,
         policy,
-        reference,
-        value_model,
-        score,
-        [encode_prompt(tokenizer, row.prompt) for row in prompts],
+        None,
+        [(reward_named(name, reward_model, stage.spec.deps), weight) for name, weight in params.rewards.items()],
+        reward_model if params.value == "separate" else None,
+        [row.prompt for row in read_rows(stage.dep("data/prepared/prompts/ppo.jsonl"), Prompt)],
         params,
-        seed=stage.params.seed,
+        tokenizer=tokenizer,
+        pretraining=[
+            Text(encode_prompt(tokenizer, row.prompt), encode_response(tokenizer, row.response))
+            for row in demonstrations
+        ],
         max_new_tokens=stage.params.text.max_response_tokens,
-        end_token=tokenizer.eos_token_id,
-        pad_token=tokenizer.pad_token_id,
-        value_bias=reward_model.config.score_bias,
+        seed=stage.params.seed,
     )
-    history: list[dict[str, float]] = []
-    with tqdm(total=params.updates, desc="ppo", unit="update") as bar:
-        for metrics in trainer:
-            history.append({"update": len(history) + 1, **metrics})
-            stage.tracker.metrics({f"ppo/{name}": value for name, value in metrics.items()}, len(history))
-            seconds = {f"time/{name}_seconds": value for name, value in trainer.seconds.items()}
-            stage.tracker.metrics(seconds, len(history))
-            bar.set_postfix(score=f"{metrics['score']:.2f}", kl=f"{metrics['kl']:.2f}")
-            bar.update()
+    history = train(trainer, stage)
 
-    if trainer.last_rollout is not None:
-        stage.tracker.table("ppo_samples", sample_table(trainer.last_rollout, tokenizer))
-    policy.write_into(sft)
-    value_model.write_into(reward_model)
-    save_model(sft, tokenizer, stage.out("data/models/policy"))
+    save_model(policy, tokenizer, stage.out("data/models/policy"))
+    if params.value == "head":
+        reward_model.model.load_state_dict(policy.model.state_dict())
+        reward_model.score.load_state_dict(trainer.roles.value.head.state_dict())
+        reward_model.config.score_bias = 0.0
     save_model(reward_model, tokenizer, stage.out("data/models/value"))
     write_csv(stage.out("data/reports/ppo/history.csv"), history)
-    final = {name: value for name, value in history[-1].items() if name != "update"}
-    write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {"updates": len(history), **final}})
+    last = {name: value for name, value in history[-1].items() if name != "update"}
+    kept = {
+        "updates": trainer.update,
+        "kept_update": trainer.kept_update,
+        "stopped_early": int(bool(trainer.watch.stopped)),
+    }
+    start = {} if trainer.held_out_start is None else {"held_out_start": trainer.held_out_start.score}
+    best = {} if trainer.watch.best is None else {"held_out_best": trainer.watch.best.score}
+    write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {**kept, **start, **best, **last}})
 
 
-def sample_table(rollout: Rollout, tokenizer: Any) -> list[dict[str, str]]:
-    """The first episodes of an update as text; the prompt as the policy saw it, with the chat template."""
-    width = rollout.prompt_length
-    episodes = zip(rollout.tokens, rollout.mask, rollout.response_ids(), strict=True)
+def train(trainer: PPOTrainer, stage: Stage) -> list[dict[str, Any]]:
+    """Train from the newest checkpoint on, or from the start; returns a row an update."""
+    params = stage.params.ppo
+    history: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    if checkpoint := stage.checkpoints.latest():
+        checkpoint.announce("ppo", "update", params.updates)
+        trainer.load_state(checkpoint.tensors, checkpoint.facts["trainer"])
+        history, samples = checkpoint.facts["history"], checkpoint.facts["samples"]
+        for row in history:
+            log(stage, row)
+    with tqdm(total=params.updates, initial=trainer.update, desc="ppo", unit="update") as bar:
+        for metrics in trainer:
+            row = {"update": len(history) + 1, **metrics}
+            log(stage, row)
+            history.append({name: value for name, value in row.items() if not name.startswith("time/")})
+            bar.set_postfix(score=f"{metrics['score']:.2f}", kl=f"{metrics['kl']:.2f}")
+            bar.update()
+            done = trainer.update == params.updates or bool(trainer.watch.stopped)
+            if trainer.update % params.sample_every == 0 or done:
+                samples += sample_rows(trainer)
+                stage.tracker.table("ppo_samples", samples)
+            if trainer.update % params.checkpoint_every == 0 and not done:
+                tensors, facts = trainer.state()
+                stage.checkpoints.save(
+                    trainer.update, tensors, {"trainer": facts, "history": history, "samples": samples}
+                )
+    if trainer.watch.stopped:
+        tqdm.write(f"ppo: stopped early: {trainer.watch.stopped}. Kept: the policy after update {trainer.kept_update}.")
+        stage.tracker.tags({"ppo.stopped": trainer.watch.stopped})
+    return history
+
+
+def log(stage: Stage, row: dict[str, Any]) -> None:
+    figures = {name if name.startswith("time/") else f"ppo/{name}": value for name, value in row.items()}
+    stage.tracker.metrics({name: value for name, value in figures.items() if name != "ppo/update"}, row["update"])
+
+
+def sample_rows(trainer: PPOTrainer) -> list[dict[str, Any]]:
+    """The first episodes of the update as text, with their scores."""
+    if trainer.last is None:
+        return []
+    rollout, prompts, scores = trainer.last
+    rows = zip(prompts, trainer.responses(rollout), scores.tolist(), rollout.ended.tolist(), strict=True)
     return [
-        {"prompt": tokenizer.decode(tokens[:width][mask[:width]]), "response": decode_response(tokenizer, response)}
-        for tokens, mask, response in list(episodes)[:8]
+        {
+            "update": trainer.update,
+            "prompt": trainer.prompt_texts[place],
+            "response": response,
+            "score": round(score, 4),
+            "ended": ended,
+        }
+        for place, response, score, ended in list(rows)[:8]
     ]
+
+
+def reward_named(name: str, reward_model: Any, deps: tuple[str, ...]) -> Reward:
+    """What `ppo.rewards` names: `model`, or `FILE.py:FUNCTION`, a file in the repository and among the stage's deps."""
+    if name == "model":
+        return reward_model
+    file, _, function = name.partition(":")
+    where = f"ppo.rewards: `{name}`"
+    if not function or not file.endswith(".py"):
+        raise UserError(f"{where} is neither `model` nor `FILE.py:FUNCTION`.")
+    if not Path(file).is_file():
+        raise UserError(f"{where}: there is no file {file} here.")
+    if not any(file == dep or file.startswith(dep + "/") for dep in deps):
+        raise UserError(
+            f"{where}: add {file} to the deps of the stage `ppo` in dvc.yaml, so that it is part of what is tracked."
+        )
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{where}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    found: RewardFunction | None = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"{where}: {file} has no function `{function}`.")
+    return found

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tasks.models import Branch, Trunk, causal_mask, left_padded, positions_of, shared_prompt_mask
+from tasks.models import Branch, Trunk, causal_mask, device_of, left_padded, positions_of, shared_prompt_mask
 
 ROWS_AT_ONCE = 16  # episodes in a forward pass without gradients
 COMPACT_BELOW = 0.7  # share of unfinished rows under which copying the cache costs less than carrying finished rows
@@ -59,9 +59,40 @@ class Rollout(NamedTuple):
         count = max(1, ROWS_AT_ONCE // self.samples) * self.samples
         return (self.rows(rows) for rows in torch.arange(len(self.tokens)).split(count))
 
+    def padded(self, length: int) -> Rollout:
+        """The same with responses padded to `length` tokens."""
+        more = length - self.responses.shape[1]
+        if more == 0:
+            return self
+        return self._replace(
+            tokens=F.pad(self.tokens, (0, more)),
+            mask=F.pad(self.mask, (0, more)),
+            logprobs=F.pad(self.logprobs, (0, more)),
+            states=F.pad(self.states, (0,) * 2 * (self.states.dim() - 2) + (0, more)),
+        )
+
     def response_ids(self) -> list[list[int]]:
         """The response tokens of each episode, without padding, with the end token where there is one."""
         return [row[keep].tolist() for row, keep in zip(self.responses, self.response_mask, strict=True)]
+
+
+class Sampler(Protocol):
+    """What generates: `generate` here, or another engine (vLLM, say) that hands its tokens to `as_rollout`."""
+
+    def __call__(
+        self,
+        trunk: Trunk,
+        branch: Branch,
+        prompts: Sequence[list[int]],
+        uniforms: Tensor | None,
+        *,
+        max_new_tokens: int,
+        end_token: int,
+        pad_token: int,
+        temperature: float,
+        top_p: float,
+        samples_per_prompt: int,
+    ) -> Rollout: ...
 
 
 @torch.no_grad()
@@ -82,8 +113,10 @@ def generate(
 
     uniforms: (B, max_new_tokens) numbers in [0, 1), B = prompts x samples; None for greedy decoding.
     """
-    ids, prompt_mask = left_padded(list(prompts), pad_token)
-    copies = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)  # the prompt of each row
+    device = device_of(branch)
+    ids, prompt_mask = (part.to(device) for part in left_padded(list(prompts), pad_token))
+    uniforms = None if uniforms is None else uniforms.to(device)
+    copies = torch.arange(len(prompts), device=device).repeat_interleave(samples_per_prompt)  # the prompt of each row
     batch, width = len(copies), ids.shape[1]
     total = width + max_new_tokens
     cache = Cache(layers=[PreallocatedLayer(total) for _ in range((branch.depth or 0) + len(branch.backbone.layers))])
@@ -95,21 +128,21 @@ def generate(
     if samples_per_prompt > 1:
         cache.batch_select_indices(copies)
 
-    tokens = torch.full((batch, total), pad_token)
+    tokens = torch.full((batch, total), pad_token, device=device)
     tokens[:, :width] = ids[copies]
-    mask = torch.zeros(batch, total, dtype=torch.bool)
+    mask = torch.zeros(batch, total, dtype=torch.bool, device=device)
     mask[:, :width] = prompt_mask[copies]
-    logprobs = torch.zeros(batch, max_new_tokens)
+    logprobs = torch.zeros(batch, max_new_tokens, device=device)
     states = prompt_states.new_zeros(batch, total, *prompt_states.shape[2:])
     states[:, :width] = prompt_states[copies]
-    ended = torch.zeros(batch, dtype=torch.bool)
+    ended = torch.zeros(batch, dtype=torch.bool, device=device)
 
-    rows = torch.arange(batch)  # the rows that the cache and `final` hold
-    alive = torch.ones(batch, dtype=torch.bool)  # which of them are still being written
+    rows = torch.arange(batch, device=device)  # the rows that the cache and `final` hold
+    alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of them are still being written
     for step in range(max_new_tokens):
         here = width + step
         draws = None if uniforms is None else uniforms[rows, step]
-        chosen, logprob = sample_tokens(branch.head(final), draws, temperature, top_p)
+        chosen, logprob = sample_tokens(branch.head(final).float(), draws, temperature, top_p)
         chosen = torch.where(alive, chosen, pad_token)
         tokens[rows, here] = chosen
         mask[rows, here] = alive
@@ -134,6 +167,42 @@ def generate(
     return Rollout(
         tokens[:, :cut], mask[:, :cut], width, logprobs[:, :longest], states[:, :cut], ended, samples_per_prompt
     )
+
+
+@torch.no_grad()
+def as_rollout(
+    trunk: Trunk,
+    branch: Branch,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    *,
+    end_token: int,
+    pad_token: int,
+    temperature: float = 1.0,
+    samples_per_prompt: int = 1,
+) -> Rollout:
+    """Responses that something else generated, as an episode each: states and log-probabilities come from our models.
+
+    responses: `samples_per_prompt` to each prompt, neighbours, at least one token each; each is cut off after its
+    first end token.
+    """
+    device = device_of(branch)
+    cut = [row[: row.index(end_token) + 1] if end_token in row else row for row in responses]
+    longest = max(map(len, cut))
+    ids, prompt_mask = left_padded([prompts[place // samples_per_prompt] for place in range(len(cut))], pad_token)
+    tokens = torch.cat([ids, torch.tensor([row + [pad_token] * (longest - len(row)) for row in cut])], dim=1)
+    response_mask = torch.arange(longest) < torch.tensor([len(row) for row in cut])[:, None]
+    tokens, mask = tokens.to(device), torch.cat([prompt_mask, response_mask], dim=1).to(device)
+    states = torch.cat(
+        [
+            trunk(rows, causal_mask(keep), positions_of(keep))
+            for rows, keep in zip(tokens.split(ROWS_AT_ONCE), mask.split(ROWS_AT_ONCE), strict=True)
+        ]
+    )
+    ended = torch.tensor([row[-1] == end_token for row in cut], device=device)
+    nothing = torch.zeros(len(cut), longest, device=device)
+    rollout = Rollout(tokens, mask, ids.shape[1], nothing, states, ended, samples_per_prompt)
+    return rollout._replace(logprobs=response_logprobs(branch, rollout, temperature))
 
 
 def sample_tokens(logits: Tensor, draws: Tensor | None, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
@@ -161,46 +230,57 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def final_states(branch: Branch, rollout: Rollout) -> Tensor:
-    """The branch's final states (B, 1 + R, H) at the prompt's last token and at each response token.
+    """The branch's final states (B, 1 + R, H) at the prompt's last token and at each response token; 0 on padding.
 
-    A prompt goes through once, with all its samples behind it in one sequence: of a prompt of 60 tokens with 4 samples
-    of 60, that saves three eighths of the work.
+    A prompt goes through once, with all its samples behind it in one sequence, and padding does not go through: of a
+    prompt of 60 tokens with 4 samples of 20 to 60, that saves half of the work.
     """
     width, samples = rollout.prompt_length, rollout.samples
     prompts, length = len(rollout.tokens) // samples, rollout.responses.shape[1]
-    packed = torch.cat(
+    inputs = torch.cat(
         [
             rollout.states[::samples, :width],
             rollout.states[:, width:].reshape(prompts, samples * length, *rollout.states.shape[2:]),
         ],
         dim=1,
     )
-    number = torch.arange(1, samples + 1).repeat_interleave(length)
     prompt_mask, response_mask = rollout.mask[::samples, :width], rollout.response_mask.reshape(prompts, -1)
-    blocks = torch.cat([torch.where(prompt_mask, 0, -1), torch.where(response_mask, number, -1)], dim=1)
-    after = prompt_mask.sum(-1, keepdim=True) + torch.arange(length).repeat(samples)
+    keep = torch.cat([prompt_mask, response_mask], dim=1)  # (prompts, P + samples * R)
+    number = torch.arange(1, samples + 1, device=keep.device).repeat_interleave(length)
+    blocks = torch.cat([torch.zeros_like(prompt_mask, dtype=torch.long), number.expand(prompts, -1)], dim=1)
+    after = prompt_mask.sum(-1, keepdim=True) + torch.arange(length, device=keep.device).repeat(samples)
     positions = torch.cat([positions_of(prompt_mask), after], dim=1)
-    final: Tensor = branch(packed, shared_prompt_mask(blocks), positions)
-    start = final[:, width - 1 : width].repeat_interleave(samples, dim=0)
-    return torch.cat([start, final[:, width:].reshape(len(rollout.tokens), length, -1)], dim=1)
+
+    # what is kept, in order, to the front of each row
+    longest = int(keep.sum(-1).max())
+    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :longest]
+    row = torch.arange(prompts, device=keep.device)[:, None]
+    kept = keep[row, order]
+    final: Tensor = branch(
+        inputs[row, order],
+        shared_prompt_mask(torch.where(kept, blocks[row, order], -1)),
+        torch.where(kept, positions[row, order], 0),
+    )
+    spread = final.new_zeros(*keep.shape, final.shape[-1]).index_put((row, order), final * kept[..., None])
+    start = spread[:, width - 1 : width].repeat_interleave(samples, dim=0)
+    return torch.cat([start, spread[:, width:].reshape(len(rollout.tokens), length, -1)], dim=1)
 
 
 def response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probabilities (B, R) of the response tokens at a temperature; 0 on padding.
 
-    The head, dear over a large vocabulary, sees the kept response positions alone. Under no_grad the rows go through
-    in chunks, for memory; with gradients the caller chooses how many rows to hand over.
+    Under no_grad the rows go through in chunks, for memory; with gradients the caller chooses how many to hand over.
     """
-    if torch.is_grad_enabled():
-        return _response_logprobs(branch, rollout, temperature)
-    return torch.cat([_response_logprobs(branch, part, temperature) for part in rollout.chunks()])
+    parts = [rollout] if torch.is_grad_enabled() else rollout.chunks()
+    return torch.cat([token_logprobs(branch, final_states(branch, part), part, temperature) for part in parts])
 
 
-def _response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> Tensor:
+def token_logprobs(branch: Branch, final: Tensor, rollout: Rollout, temperature: float) -> Tensor:
+    """The same from final states (B, 1 + R, H). The head, dear over a large vocabulary, sees kept positions alone."""
     keep = rollout.response_mask
-    logits = branch.head(final_states(branch, rollout)[:, :-1][keep]) / temperature  # (N, V)
+    logits = branch.head(final[:, :-1][keep]).float() / temperature  # (N, V)
     chosen = -F.cross_entropy(logits, rollout.responses[keep], reduction="none")
-    return torch.zeros(keep.shape).masked_scatter(keep, chosen)
+    return torch.zeros(keep.shape, device=keep.device).masked_scatter(keep, chosen)
 
 
 @torch.no_grad()
@@ -209,8 +289,8 @@ def score_last_token(branch: Branch, rollout: Rollout) -> Tensor:
     scores = []
     for part in rollout.chunks():
         final = final_states(branch, part)
-        last = final[torch.arange(len(final)), part.response_mask.sum(-1)]
-        scores.append(branch.head(last)[:, 0])
+        last = final[torch.arange(len(final), device=final.device), part.response_mask.sum(-1)]
+        scores.append(branch.head(last)[:, 0].float())
     return torch.cat(scores)
 
 

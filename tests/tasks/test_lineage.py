@@ -85,7 +85,7 @@ def test_dvc_lock_is_read_while_dvc_writes_it(tmp_path: Path) -> None:
 
 
 def test_a_damaged_dvc_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     (tmp_path / "dvc.lock").write_text("stages:\n  first: {outs: [")
     with pytest.raises(UserError, match=r"dvc\.lock is damaged"):
         locked_outs("first", tmp_path)

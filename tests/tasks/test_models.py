@@ -109,23 +109,21 @@ def test_branch_gradients_reach_its_own_blocks_and_not_the_trunk(folder: Path) -
     }
 
 
-def test_trainable_copy_is_apart_from_what_it_was_copied_from(folder: Path, reward_folder: Path) -> None:
+def test_a_frozen_copy_stays_and_shares_what_is_not_trained(folder: Path) -> None:
     model = load_language_model(folder)
-    reference = Branch(model, 0)
-    policy = reference.trainable_copy(1)
-    names = {name for name, weight in policy.named_parameters() if weight.requires_grad}
+    freeze_trunk(model, 1)
+    branch = Branch(model, 0)
+    names = {name for name, weight in branch.named_parameters() if weight.requires_grad}
     assert names
     assert all(name.startswith(("backbone.layers.1.", "backbone.norm.")) for name in names)
-    assert policy.head.weight is reference.head.weight, "the frozen vocabulary head is not copied"
-    for name, weight in policy.named_parameters():
-        if weight.requires_grad:
-            weight.data.zero_()
-            assert reference.get_parameter(name).any()
-    everything = reference.trainable_copy("all")
-    assert all(weight.requires_grad for weight in everything.parameters())
-    assert everything.head.weight is not reference.head.weight
-    value = Branch(load_scalar_model(reward_folder), 1).trainable_copy(1)
-    assert value.head.weight.requires_grad
+    reference = branch.frozen_copy()
+    assert not any(weight.requires_grad for weight in reference.parameters())
+    assert len(branch.trained()) == len(names), "the branch itself is still trained"
+    for name, weight in branch.named_parameters():
+        assert (reference.get_parameter(name) is weight) == (name not in names)
+    for weight in branch.trained():
+        weight.data.zero_()
+    assert all(reference.get_parameter(name).any() for name in names)
 
 
 def test_shared_depth(folder: Path) -> None:

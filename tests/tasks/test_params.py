@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_shares_that_do_not_add_up(tmp_path: Path) -> None:
 
 
 def test_not_a_number_is_refused(tmp_path: Path) -> None:
-    assert "`ppo.gamma`" in complaint(tmp_path, changed("gamma: 1.0", "gamma: .nan"))
+    assert "gamma is nan, not a finite number" in complaint(tmp_path, changed("gamma: 1.0", "gamma: .nan"))
 
 
 def test_files_that_are_no_params(tmp_path: Path) -> None:
@@ -81,5 +82,5 @@ def test_files_that_are_no_params(tmp_path: Path) -> None:
 def test_params_cannot_be_changed(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(GOOD)
     params = load_params(tmp_path / "params.yaml")
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(dataclasses.FrozenInstanceError):
         params.ppo.kl_coef = 1.0  # type: ignore[misc]

@@ -1,4 +1,5 @@
-"""The reward model: its loss by hand, its head, its schedule, and the stage on a tiny model."""
+"""The reward model: its loss by hand, its head, its schedule, and the stage on a tiny model; a run that is killed goes
+on and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -13,12 +14,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from tasks.checkpoints import Checkpoints
 from tasks.datasets import Demonstration, Ranking, write_json, write_rows
 from tasks.lineage import load_stages
 from tasks.models import centred_scores, encode_prompt, encode_response, load_scalar_model, load_tokenizer, pack
 from tasks.params import load_params
-from tasks.reward import init_head, kwise_loss, measure, pair_accuracy, run, tied_pairs, train, warmup_cosine
+from tasks.reward import (
+    init_head,
+    kwise_loss,
+    measure,
+    pair_accuracy,
+    run,
+    shuffled_batches,
+    tied_pairs,
+    train,
+    warmup_cosine,
+)
 from tasks.stage import Stage, UserError
+from tests.killing import moments, run_apart, written_by
 from tests.tiny import tiny_model_dir
 
 DEFAULTS = load_params(Path("params.yaml"))
@@ -137,13 +150,22 @@ def test_warmup_cosine_by_hand() -> None:
     assert warmup_cosine(3, 3, 3) == 1.0
 
 
+def test_a_batch_holds_each_row_once_an_epoch() -> None:
+    batches = shuffled_batches(10, 4, 3, seed=1)
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    epochs = [[*first, *second, *third] for first, second, third in (batches[:3], batches[3:6], batches[6:])]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert shuffled_batches(10, 4, 3, seed=1) == batches != shuffled_batches(10, 4, 3, seed=2)
+
+
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_dir(tmp_path_factory.mktemp("reward") / "sft", seed=5)
 
 
 @pytest.mark.parametrize("trainable_layers", [1, "all"])
-def test_training_learns_what_can_be_learned(sft: Path, trainable_layers: Any) -> None:
+def test_training_learns_what_can_be_learned(sft: Path, tmp_path: Path, trainable_layers: Any) -> None:
     model, tokenizer = load_scalar_model(sft), load_tokenizer(sft)
     init_head(model, 1)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
@@ -153,7 +175,7 @@ def test_training_learns_what_can_be_learned(sft: Path, trainable_layers: Any) -
     model.config.score_bias = 0.0
     fresh = [ranking(number) for number in range(100, 120)]
     start = measure(model, tokenizer, fresh, 1)
-    history = train(model, tokenizer, rankings, params, 1, tracker)
+    history = train(model, tokenizer, rankings, params, 1, tracker, Checkpoints(tmp_path, fingerprint="test"))
     end = measure(model, tokenizer, fresh, 1)
     assert [row["step"] for row in history] == list(range(1, 49))
     assert tracker.metrics.call_count == 48
@@ -170,7 +192,7 @@ def test_training_learns_what_can_be_learned(sft: Path, trainable_layers: Any) -
     assert changed == expected
 
 
-def test_the_loss_of_a_batch_is_the_mean_over_its_prompts(sft: Path) -> None:
+def test_the_loss_of_a_batch_is_the_mean_over_its_prompts(sft: Path, tmp_path: Path) -> None:
     """The first step's loss, before anything moved, from scores of the whole model one response at a time."""
     model, tokenizer = load_scalar_model(sft), load_tokenizer(sft)
     init_head(model, 1)
@@ -183,7 +205,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_prompts(sft: Path) -> None:
             for text, ended in zip(row.responses, row.ended, strict=True)
         ]
         expected.append(loss_by_pairs(torch.stack(scores).detach(), row.ranks))
-    history = train(model, tokenizer, rankings, REWARD, 1, Mock())
+    history = train(model, tokenizer, rankings, REWARD, 1, Mock(), Checkpoints(tmp_path, fingerprint="test"))
     assert history[0]["loss"] == pytest.approx(sum(expected) / 4, abs=1e-5)
 
 
@@ -192,23 +214,27 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_prompts(sft: Path) -> None:
 RANKINGS = [ranking(number, held_out=number >= 20) for number in range(28)] + [all_tied(28), all_tied(29)]
 
 
-def run_stage(root: Path, sft: Path, rankings: list[Ranking] = RANKINGS) -> dict[str, Any]:
+def lay_out(root: Path, sft: Path, rankings: list[Ranking] = RANKINGS) -> Path:
+    """The stage's inputs."""
     write_rows(root / "data/collected/rankings/rankings.jsonl", rankings)
     write_rows(root / "data/collected/demonstrations/demonstrations.jsonl", DEMONSTRATIONS)
     write_json(root / "data/reports/rank/metrics.json", {"rank": {"noise_ceiling": 0.9}})
     (root / "data/models").mkdir(parents=True)
     (root / "data/models/sft").symlink_to(sft)
-    stage = Stage(load_stages()["reward"], PARAMS, Mock(), root=root)
+    return root
+
+
+def run_stage(root: Path, tracker: Any = None, **changes: Any) -> None:
+    params = PARAMS.model_copy(update={"reward": REWARD.model_copy(update=changes)})
+    stage = Stage(load_stages()["reward"], params, tracker or Mock(), root=root)
     run(stage)
     stage.commit()
-    report: dict[str, Any] = json.loads((root / "data/reports/reward/metrics.json").read_text())["reward"]
-    return report
 
 
 @pytest.fixture(scope="module")
 def stage_root(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("reward") / "repo"
-    run_stage(root, sft)
+    run_stage(lay_out(root, sft))
     return root
 
 
@@ -268,7 +294,7 @@ def test_the_held_out_accuracy_by_hand(stage_root: Path) -> None:
 
 
 def test_the_same_bits_twice(stage_root: Path, sft: Path, tmp_path: Path) -> None:
-    run_stage(tmp_path, sft)
+    run_stage(lay_out(tmp_path, sft))
     outs = [path.relative_to(stage_root) for path in sorted(stage_root.glob("data/models/reward/*"))]
     assert any(path.suffix == ".safetensors" for path in outs)
     for path in (*outs, Path("data/reports/reward/metrics.json"), Path("data/reports/reward/history.csv")):
@@ -285,5 +311,59 @@ def test_the_same_bits_twice(stage_root: Path, sft: Path, tmp_path: Path) -> Non
 )
 def test_both_sides_must_have_an_order(sft: Path, tmp_path: Path, rankings: list[Ranking], counts: str) -> None:
     with pytest.raises(UserError, match=rf"{counts} have an order; .*\n?.*rank\.held_out_share"):
-        run_stage(tmp_path, sft, rankings)
+        run_stage(lay_out(tmp_path, sft, rankings))
     assert not (tmp_path / "data/models/reward").exists()
+
+
+# ---- resuming ----
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_tracker(step: int) -> Mock:
+    """Takes metrics up to a step, and there ends the run."""
+
+    def take(_: dict[str, float], at: int) -> None:
+        if at >= step:
+            raise Stopped
+
+    return Mock(metrics=Mock(side_effect=take))
+
+
+@pytest.mark.parametrize("trainable_layers", [1, "all"])
+def test_a_run_that_was_stopped_goes_on_from_its_last_checkpoint(
+    sft: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], trainable_layers: Any
+) -> None:
+    through, tracker = Mock(), Mock()
+    whole, stopped = lay_out(tmp_path / "whole", sft), lay_out(tmp_path / "stopped", sft)
+    changes = {"trainable_layers": trainable_layers, "checkpoint_every": 4}  # of 15 steps, 5 an epoch
+    run_stage(whole, through, **changes)
+    with pytest.raises(Stopped):
+        run_stage(stopped, stopping_tracker(11), **changes)
+    capfd.readouterr()
+    run_stage(stopped, tracker, **changes)
+    assert "reward: resuming at step 8 of 15 (checkpoint written" in capfd.readouterr().err
+    assert tracker.metrics.call_args_list == through.metrics.call_args_list, "the new run's curves are complete"
+    assert written_by(stopped, "reward") == written_by(whole, "reward")
+
+
+def run_killed_stage(root: Path) -> None:
+    run_stage(root, checkpoint_every=2)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(sft: Path, tmp_path: Path) -> None:
+    ran = run_apart(run_killed_stage, lay_out(tmp_path / "whole", sft))
+    assert len(ran.saves) == 7
+    expected = written_by(tmp_path / "whole", "reward")
+    assert {Path(name).suffix for name in expected} >= {".safetensors", ".csv"}
+    kills = resumed = 0
+    for number, first in enumerate(moments(ran, seed=2, anywhere=3, while_saving=3)):
+        root = lay_out(tmp_path / str(number), sft)
+        for kill_at in (first, ran.calls // 3, None):  # killed, killed again, and then to the end
+            resumed += any(root.glob(".rlhf/checkpoints/reward/*/step-*"))
+            kills += run_apart(run_killed_stage, root, kill_at=kill_at).killed
+        assert written_by(root, "reward") == expected, f"killed at {first}, then at {ran.calls // 3}"
+    assert kills >= 10
+    assert resumed >= 6

@@ -1,9 +1,11 @@
-"""The entry point: outputs appear whole or not at all, and a user's mistake gets a message and no traceback."""
+"""The entry point: outputs appear whole or not at all, a user's mistake gets a message and no traceback, and a stage that
+was stopped finds the checkpoints of its last run, if nothing that it depends on has changed."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tasks import run
 from tasks.lineage import StageSpec
@@ -180,6 +183,120 @@ def test_help_and_unknown_stage(toy: Callable[[Work], int], capfd: pytest.Captur
     assert "one of: toy" in said.out
     assert "invalid choice" in said.err
 
+
+# ---- checkpoints ----
+
+
+class Stopped(Exception):
+    pass
+
+
+def train(stage: Stage, seen: list[int], *, steps: int = 3, stop: bool = False) -> None:
+    """A training whose state is a sum; `seen` gets the step that it goes on from."""
+    found = stage.checkpoints.latest()
+    total = found.tensors["total"] if found else torch.zeros(())
+    seen.append(found.step if found else 0)
+    for step in range(seen[-1] + 1, steps + 1):
+        total = total + step
+        stage.checkpoints.save(step, {"total": total}, {})
+    if stop:
+        raise Stopped
+    write(stage, str(total.item()))
+
+
+def checkpoints_left() -> list[str]:
+    return sorted(path.name for path in Path(".rlhf/checkpoints/toy").glob("*/*"))
+
+
+def test_checkpoints_outlive_a_failure_and_end_with_a_success(toy: Callable[[Work], int]) -> None:
+    seen: list[int] = []
+    for steps in (3, 5):
+        with pytest.raises(Stopped):
+            toy(lambda stage, steps=steps: train(stage, seen, steps=steps, stop=True))  # type: ignore[misc]
+        assert checkpoints_left() == [f"step-{step:06}" for step in (steps - 1, steps)]
+    assert toy(lambda stage: train(stage, seen, steps=6)) == 0
+    assert seen == [0, 3, 5]
+    assert_untouched("21.0")
+    assert not checkpoints_left()
+    assert toy(lambda stage: train(stage, seen)) == 0
+    assert seen[-1] == 0
+
+
+def change_command() -> None:
+    file = Path("dvc.yaml")
+    file.write_text(file.read_text().replace(SPEC.cmd, SPEC.cmd + " --fast"))
+
+
+def change_param(name: str) -> None:
+    file = Path("params.yaml")
+    changed = re.sub(rf"^( *{name}:) .*", r"\1 7", file.read_text(), count=1, flags=re.MULTILINE)
+    assert changed != file.read_text()
+    file.write_text(changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "resumes"),
+    [
+        (lambda: None, True),
+        (lambda: change_param("seed"), False),
+        (lambda: change_param("bootstrap_samples"), True),  # the stage does not declare it
+        (lambda: Path("data/in/rows").write_text("others"), False),
+        (lambda: Path("data/in/rows").rename("data/in/lines"), False),
+        (lambda: Path("data/in/more").write_text(""), False),
+        (lambda: Path("tasks/toy.py").write_text("x = 2"), False),
+        (lambda: Path("data/in/rows").touch(), True),
+        (lambda: Path("data/in/__pycache__/rows.pyc").write_text("compiled anew"), True),
+        (change_command, False),
+    ],
+)
+def test_it_resumes_where_nothing_has_changed_that_it_depends_on(
+    toy: Callable[[Work], int], change: Callable[[], None], resumes: bool
+) -> None:
+    deps = Path("dvc.yaml")
+    deps.write_text(deps.read_text().replace("[data/in]", "[data/in, tasks/toy.py]"))
+    Path("data/in").unlink()
+    Path("data/in/__pycache__").mkdir(parents=True)
+    Path("data/in/rows").write_text("input")
+    Path("tasks").mkdir()
+    Path("tasks/toy.py").write_text("x = 1")
+    seen: list[int] = []
+    with pytest.raises(Stopped):
+        toy(lambda stage: train(stage, seen, stop=True))
+    change()
+    with pytest.raises(Stopped):
+        toy(lambda stage: train(stage, seen, stop=True))
+    assert seen == [0, 3 if resumes else 0]
+
+
+def test_checkpoints_of_one_other_run_stay(toy: Callable[[Work], int]) -> None:
+    """Back to the parameters before the last change, it goes on; what is older is gone. So the disk does not fill up."""
+    seen: list[int] = []
+
+    def stopped_with(text: str) -> None:
+        Path("data/in").write_text(text)
+        with pytest.raises(Stopped):
+            toy(lambda stage: train(stage, seen, stop=True))
+
+    stopped_with("a")
+    stopped_with("b")
+    assert checkpoints_left() == ["step-000002", "step-000003", "step-000003"], "two of its own, one of the other's"
+    stopped_with("a")
+    stopped_with("c")
+    assert len(checkpoints_left()) == 3
+    stopped_with("b")
+    assert seen == [0, 0, 3, 0, 0]
+
+
+def test_a_stage_without_checkpoints_pays_nothing_for_them(toy: Callable[[Work], int]) -> None:
+    assert toy(write) == 0
+    assert not Path(".rlhf").exists()
+    code = "import sys, tasks.run; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
+
+
+# ---- its end ----
 
 SLEEPER = """
 import sys, time, types

@@ -1,4 +1,5 @@
-"""Fine-tuning: the loss is TRL's own, on the response alone; the best epoch is kept; the stage on a tiny model."""
+"""Fine-tuning: the loss is TRL's own, on the response alone; the best epoch is kept; the stage on a tiny model; a run
+that is killed goes on and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -12,12 +13,21 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from tasks.checkpoints import Checkpoints
 from tasks.datasets import Demonstration, write_rows
 from tasks.lineage import load_stages
-from tasks.models import encode_prompt, encode_response, load_language_model, load_tokenizer
+from tasks.models import (
+    encode_prompt,
+    encode_response,
+    freeze_trunk,
+    load_language_model,
+    load_tokenizer,
+    trunk_depth,
+)
 from tasks.params import Lora, Sft, load_params
 from tasks.sft import _dataset, _trainer_class, run, split_for_validation, train
 from tasks.stage import Stage, UserError
+from tests.killing import moments, run_apart, written_by
 from tests.tiny import tiny_model_dir
 
 DEFAULTS = load_params(Path("params.yaml"))
@@ -155,11 +165,18 @@ def test_it_gives_the_outputs_where_they_are_asked_for(trainers: tuple[Any, Any]
 # ---- training ----
 
 
-def run_train(base: Path, scratch: Path, **changes: Any) -> tuple[Any, list[dict[str, float | None]]]:
+def run_train(
+    base: Path, scratch: Path, tracker: Any = None, **changes: Any
+) -> tuple[Any, list[dict[str, float | None]]]:
     training, validation = split_for_validation(ROWS, SFT.validation_share, 1)
     params: Sft = SFT.model_copy(update=changes)
+    tracker = tracker or Mock()
     tokenizer = load_tokenizer(base)
-    return train(load_language_model(base), tokenizer, training, validation, params, 1, Mock(), str(scratch))
+    model = load_language_model(base)
+    if params.lora is None:
+        freeze_trunk(model, trunk_depth(model, params.trainable_layers))
+    checkpoints = Checkpoints(scratch / "checkpoints", fingerprint="test")
+    return train(model, tokenizer, training, validation, params, 1, tracker, checkpoints, str(scratch))
 
 
 def test_the_best_epoch_is_kept(base: Path, tmp_path: Path) -> None:
@@ -167,8 +184,9 @@ def test_the_best_epoch_is_kept(base: Path, tmp_path: Path) -> None:
     params = SFT.model_copy(update={"learning_rate": 0.1, "epochs": 6, "batch_size": 2})
     tokenizer = load_tokenizer(base)
     validation = [row.model_copy(update={"response": "hello ticket user"}) for row in ROWS[18:]]
+    checkpoints = Checkpoints(tmp_path / "checkpoints", fingerprint="test")
     model, history = train(
-        load_language_model(base), tokenizer, ROWS[:18], validation, params, 1, Mock(), str(tmp_path)
+        load_language_model(base), tokenizer, ROWS[:18], validation, params, 1, Mock(), checkpoints, str(tmp_path)
     )
     losses = [row["validation_loss"] for row in history if row["validation_loss"] is not None]
     assert len(losses) == 6
@@ -201,10 +219,15 @@ def test_lora_gives_a_plain_model(base: Path, tmp_path: Path) -> None:
 # ---- stage ----
 
 
-def run_stage(root: Path, base: Path, params: Sft = SFT) -> Mock:
+def lay_out(root: Path, base: Path) -> Path:
+    """The stage's inputs."""
     write_rows(root / "data/collected/demonstrations/demonstrations.jsonl", ROWS)
     (root / "data/models").mkdir(parents=True)
     (root / "data/models/base").symlink_to(base)
+    return root
+
+
+def run_stage(root: Path, params: Sft = SFT) -> Mock:
     tracker = Mock()
     stage = Stage(load_stages()["sft"], DEFAULTS.model_copy(update={"sft": params}), tracker, root=root)
     run(stage)
@@ -215,7 +238,7 @@ def run_stage(root: Path, base: Path, params: Sft = SFT) -> Mock:
 @pytest.fixture(scope="module")
 def staged(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mock]:
     root = tmp_path_factory.mktemp("sft") / "repo"
-    return root, run_stage(root, base)
+    return root, run_stage(lay_out(root, base))
 
 
 def test_the_stage_learns_and_leaves_the_trunk_alone(staged: tuple[Path, Mock], base: Path) -> None:
@@ -245,7 +268,7 @@ def test_the_stage_learns_and_leaves_the_trunk_alone(staged: tuple[Path, Mock], 
 
 def test_the_same_bits_twice(staged: tuple[Path, Mock], base: Path, tmp_path: Path) -> None:
     root, _ = staged
-    run_stage(tmp_path, base)
+    run_stage(lay_out(tmp_path, base))
     outs = [path.relative_to(root) for path in sorted(root.glob("data/models/sft/*"))]
     assert any(path.suffix == ".safetensors" for path in outs)
     assert not any(path.suffix in {".bin", ".pt", ".pth", ".pkl"} for path in outs)
@@ -255,4 +278,98 @@ def test_the_same_bits_twice(staged: tuple[Path, Mock], base: Path, tmp_path: Pa
 
 def test_too_many_trainable_layers(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trainable_layers is 9, and the model has 2 layers"):
-        run_stage(tmp_path, base, SFT.model_copy(update={"trainable_layers": 9}))
+        run_stage(lay_out(tmp_path, base), SFT.model_copy(update={"trainable_layers": 9}))
+
+
+# ---- resuming ----
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping_tracker(step: int) -> Mock:
+    """Takes metrics up to a step, and there ends the run."""
+
+    def take(_: dict[str, float], at: int) -> None:
+        if at >= step:
+            raise Stopped
+
+    return Mock(metrics=Mock(side_effect=take))
+
+
+@pytest.mark.parametrize(
+    ("stops", "changes"),
+    [
+        # three steps an epoch
+        ((8, 9), {"checkpoint_every": 4, "epochs": 4}),
+        # a checkpoint at the end of an epoch holds its validation, too
+        ((5,), {"checkpoint_every": 3, "epochs": 3, "trainable_layers": "all"}),
+        # the best epoch is over when it is stopped
+        ((14,), {"checkpoint_every": 5, "epochs": 6, "learning_rate": 0.3}),
+        ((5,), {"checkpoint_every": 2, "lora": Lora(rank=4, alpha=8)}),
+        # more than a hundred steps: the loss is logged as the mean of two, and a checkpoint may stand between them
+        ((60,), {"checkpoint_every": 7, "batch_size": 1, "epochs": 11}),
+    ],
+)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], stops: tuple[int, ...], changes: dict[str, Any]
+) -> None:
+    through = Mock()
+    expected_model, expected_history = run_train(base, tmp_path / "through", through, **changes)
+    for stop in stops:
+        with pytest.raises(Stopped):
+            run_train(base, tmp_path / "stopped", stopping_tracker(stop), **changes)
+    capfd.readouterr()
+    tracker = Mock()
+    model, history = run_train(base, tmp_path / "stopped", tracker, **changes)
+    every = changes["checkpoint_every"]
+    at = (max(stops) - 1) // every * every
+    assert f"sft: resuming at step {at} of {expected_history[-1]['step']} (checkpoint written" in capfd.readouterr().err
+    assert history == expected_history
+    assert tracker.metrics.call_args_list == through.metrics.call_args_list, "the new run's curves are complete"
+    expected = expected_model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    run_train(base, tmp_path, checkpoint_every=3)
+    checkpoint = Checkpoints(tmp_path / "checkpoints", fingerprint="test").latest()
+    assert checkpoint
+    trained = {
+        name
+        for name, _ in load_language_model(base).named_parameters()
+        if name.startswith(("model.layers.1.", "model.norm."))
+    }
+    kinds: dict[str, set[str]] = {}
+    for name in checkpoint.tensors:
+        kind, _, rest = name.partition("/")
+        kinds.setdefault(kind, set()).add(rest)
+    assert kinds["model"] == kinds["best"] == trained
+    assert {name.split("/")[1] for name in kinds["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"}
+    assert len(kinds["optimizer"]) == 3 * len(trained)
+    assert kinds.keys() == {"model", "best", "optimizer", "rng", "loss_since_log"}
+
+
+KILLED = SFT.model_copy(update={"epochs": 3, "checkpoint_every": 2})  # nine steps
+
+
+def run_killed_stage(root: Path) -> None:
+    run_stage(root, KILLED)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(base: Path, tmp_path: Path) -> None:
+    ran = run_apart(run_killed_stage, lay_out(tmp_path / "whole", base))
+    assert len(ran.saves) == 4
+    expected = written_by(tmp_path / "whole", "sft")
+    assert {Path(name).suffix for name in expected} >= {".safetensors", ".csv"}
+    kills = resumed = 0
+    for number, first in enumerate(moments(ran, seed=1, anywhere=3, while_saving=3)):
+        root = lay_out(tmp_path / str(number), base)
+        for kill_at in (first, ran.calls // 3, None):  # killed, killed again, and then to the end
+            resumed += any(root.glob(".rlhf/checkpoints/sft/*/step-*"))
+            kills += run_apart(run_killed_stage, root, kill_at=kill_at).killed
+        assert written_by(root, "sft") == expected, f"killed at {first}, then at {ran.calls // 3}"
+    assert kills >= 10
+    assert resumed >= 6

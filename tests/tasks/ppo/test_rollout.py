@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from tasks.models import load_language_model, load_scalar_model, pack, split_model, through_trunk
 from tasks.ppo.rollout import (
     Rollout,
+    as_rollout,
     final_states,
     generate,
     response_logprobs,
@@ -103,8 +104,41 @@ def test_samples_of_a_prompt_go_through_with_it_once_and_give_the_same_states(mo
     together, alone = final_states(branch, rollout), final_states(branch, rollout._replace(samples=1))
     real = torch.cat([torch.ones(len(rollout.tokens), 1, dtype=torch.bool), rollout.response_mask], dim=1)
     close(together[real], alone[real])
-    prompts, width, length = len(PROMPTS), rollout.prompt_length, rollout.responses.shape[1]
-    assert seen == [prompts * (width + 4 * length), 4 * prompts * (width + length)]
+    # as many positions as the longest has tokens, that is without padding where all are alike
+    tokens, width = rollout.mask.sum(-1), rollout.prompt_length
+    of_prompts = rollout.mask[::4, :width].sum(-1) + rollout.response_mask.sum(-1).view(-1, 4).sum(-1)
+    assert seen == [len(PROMPTS) * int(of_prompts.max()), 4 * len(PROMPTS) * int(tokens.max())]
+
+
+def test_padding_on_either_side_changes_no_state(model: Any) -> None:
+    rollout = sample(model, 1, samples_per_prompt=2)
+    branch = split_model(model, 1)[1]
+    wider = rollout.padded(rollout.responses.shape[1] + 3)
+    expected, found = final_states(branch, rollout), final_states(branch, wider)
+    close(found[:, : expected.shape[1]], expected)
+    assert not found[:, expected.shape[1] :].any()
+    assert not expected[:, 1:][~rollout.response_mask].any()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_another_engines_responses_become_the_same_rollout(model: Any, depth: int | None) -> None:
+    """What `generate` wrote goes through `as_rollout`, with tokens after the end that must be cut off."""
+    rollout = sample(model, depth, samples_per_prompt=2, temperature=0.7)
+    responses = [[*row, 7, 8] if row[-1] == END else row for row in rollout.response_ids()]
+    again = as_rollout(
+        *split_model(model, depth),
+        PROMPTS,
+        responses,
+        end_token=END,
+        pad_token=PAD,
+        temperature=0.7,
+        samples_per_prompt=2,
+    )
+    for name in ("tokens", "mask", "ended"):
+        assert torch.equal(getattr(again, name), getattr(rollout, name)), name
+    assert (again.prompt_length, again.samples) == (rollout.prompt_length, 2)
+    close(again.logprobs, rollout.logprobs)
+    close(again.states[again.mask].float(), rollout.states[rollout.mask].float())
 
 
 def test_logprobs_with_gradients_are_those_without(model: Any) -> None:

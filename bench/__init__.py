@@ -1,0 +1,1 @@
+"""Speed of this project's PPO beside its peer's."""
