@@ -1,5 +1,5 @@
-"""The entry point: outputs appear whole or not at all, a user's mistake gets a message and no traceback, and a stage that
-was stopped finds the checkpoints of its last run, if nothing that it depends on has changed."""
+"""The entry point: outputs appear whole or not at all, a user's mistake gets a message and no traceback, and a stage
+that was stopped finds its checkpoints again, where nothing that it depends on has changed."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_it_resumes_where_nothing_has_changed_that_it_depends_on(
 
 
 def test_checkpoints_of_one_other_run_stay(toy: Callable[[Work], int]) -> None:
-    """Back to the parameters before the last change, it goes on; what is older is gone. So the disk does not fill up."""
+    """Changed back, it goes on where it was; what was used before that is gone: the disk does not fill up."""
     seen: list[int] = []
 
     def stopped_with(text: str) -> None:
