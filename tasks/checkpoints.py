@@ -168,6 +168,9 @@ def remove_other_runs(folder: Path) -> None:
         checkpoints = Checkpoints(other, fingerprint=other.name, keep=1)
         checkpoints._remove_half_written()
         checkpoints._prune(sys.maxsize)
+    if folder.exists():
+        now = time.time_ns()  # by default the file system's clock: it stands still for milliseconds
+        os.utime(folder, ns=(now, now))
 
 
 # ---- names ----

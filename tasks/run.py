@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     spec = specs[args.stage]
     started = time.monotonic()
-    _tune_process()
+    tune_process()
     try:
         params = load_params(Path("params.yaml"))
         module = importlib.import_module(f"tasks.{spec.name}")
@@ -84,7 +84,7 @@ def _errno(error: Exception) -> int:
     return int(told[1]) if told else 0
 
 
-def _tune_process() -> None:
+def tune_process() -> None:
     """Speed and reproducibility settings that must stand before torch is imported."""
     # Threads that wait spin shortly, then sleep. GNU OpenMP's own much longer spinning makes a step three to ten times
     # slower where another process is busy on the same cores; not spinning at all makes generation a third slower on

@@ -35,6 +35,7 @@ class Learner:
             betas=params.adam_betas,
             eps=params.adam_eps,
             weight_decay=0.0,
+            fused=True,
         )
         name = "constant_with_warmup" if params.schedule == "constant" else params.schedule
         self.schedule = get_scheduler(name, self.optimizer, round(params.warmup_share * steps), steps)

@@ -1,4 +1,5 @@
-"""The trainer's parameters, each with its range. Defaults are InstructGPT's where it says (Ouyang et al. 2022).
+"""The trainer's parameters, each with its range. Defaults are InstructGPT's where it tells (Ouyang et al. 2022), else
+those of Huang et al. 2024 ("The N+ implementation details of RLHF with PPO", 2403.17031).
 
 A plain dataclass, so that the trainer needs no library for it; tasks/params.py reads the same class from params.yaml.
 """
@@ -45,8 +46,8 @@ class PPOParams:
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward passes; weights and optimizers stay fp32
 
     # the optimizers
-    learning_rate: float = _positive(9.65e-6)
-    value_learning_rate: float = _positive(9e-6)
+    learning_rate: float = _positive(3e-6)
+    value_learning_rate: float = _positive(3e-6)
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # of both rates, over all optimizer steps
     warmup_share: float = _share(0.0)  # of these steps, from 0 up to the rate
     adam_betas: tuple[float, float] = _share((0.9, 0.95))

@@ -317,7 +317,7 @@ class PPOTrainer:
             totals["value_grad_norm"] = self.value_learner.step(self.processes.add_up)
             self.value_learner.schedule.step()
         self.steps += 1
-        return totals
+        return dict(totals)
 
     def warm_up_value(self, batch: Batch, shuffle: torch.Generator) -> Batch:
         """Fit the value model to the first episodes before the policy moves; returns them judged anew.
@@ -454,7 +454,8 @@ class PPOTrainer:
         groups = rows[(rows >= batch.first) & (rows < batch.first + own)].view(-1, samples) - batch.first
         lengths = batch.rollout.mask.sum(-1)[groups].sum(-1)
         groups = groups[lengths.argsort(stable=True).cpu()]
-        return (part.flatten() for part in groups.split(max(1, self.params.micro_batch_size // samples)))
+        parts = groups.split(max(1, self.params.micro_batch_size // samples))
+        return (part.flatten() for part in parts if len(part))
 
     def _value_loss(
         self, batch: Batch, rows: Tensor, count: float, final: Tensor | None = None, *, policy_learns: bool = True

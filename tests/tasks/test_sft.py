@@ -364,12 +364,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(base: Path, tmp_path: P
     assert len(ran.saves) == 4
     expected = written_by(tmp_path / "whole", "sft")
     assert {Path(name).suffix for name in expected} >= {".safetensors", ".csv"}
-    kills = resumed = 0
+    kills = resumed = half_written = 0
     for number, first in enumerate(moments(ran, seed=1, anywhere=3, while_saving=3)):
         root = lay_out(tmp_path / str(number), base)
         for kill_at in (first, ran.calls // 3, None):  # killed, killed again, and then to the end
             resumed += any(root.glob(".rlhf/checkpoints/sft/*/step-*"))
+            half_written += any(root.glob(".rlhf/checkpoints/sft/*/.tmp-*"))
             kills += run_apart(run_killed_stage, root, kill_at=kill_at).killed
         assert written_by(root, "sft") == expected, f"killed at {first}, then at {ran.calls // 3}"
     assert kills >= 10
     assert resumed >= 6
+    assert half_written >= 1
