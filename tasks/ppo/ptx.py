@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tasks.models import Branch, Packed, Trunk, by_length, device_of, pack, run_packed
+from tasks.ppo.rollout import chosen_logprobs
 
 
 class Text(NamedTuple):
@@ -50,8 +50,7 @@ def losses(trunk: Trunk, branch: Branch, texts: Sequence[Text], at_once: int, co
             start = int((one.blocks == 0).sum())
             finals.append(final[start - 1 : -1])  # the state at t predicts the token at t + 1
             targets.append(one.inputs[start:])
-        logits = branch.head(torch.cat(finals)).float()
-        yield F.cross_entropy(logits, torch.cat(targets), reduction="sum") / count
+        yield -chosen_logprobs(branch.head, torch.cat(finals), torch.cat(targets), 1.0).sum() / count
 
 
 def _to(one: Packed, device: torch.device) -> Packed:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tasks.models import Branch, Trunk, causal_mask, device_of, left_padded, positions_of, shared_prompt_mask
@@ -278,9 +278,47 @@ def response_logprobs(branch: Branch, rollout: Rollout, temperature: float) -> T
 def token_logprobs(branch: Branch, final: Tensor, rollout: Rollout, temperature: float) -> Tensor:
     """The same from final states (B, 1 + R, H). The head, dear over a large vocabulary, sees kept positions alone."""
     keep = rollout.response_mask
-    logits = branch.head(final[:, :-1][keep]).float() / temperature  # (N, V)
-    chosen = -F.cross_entropy(logits, rollout.responses[keep], reduction="none")
+    chosen = chosen_logprobs(branch.head, final[:, :-1][keep], rollout.responses[keep], temperature)
     return torch.zeros(keep.shape, device=keep.device).masked_scatter(keep, chosen)
+
+
+def chosen_logprobs(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (N,) of tokens (N,) under a vocabulary head on states (N, H), at a temperature."""
+    plain = isinstance(head, nn.Linear) and head.bias is None
+    if plain and not torch.is_autocast_enabled(states.device.type):
+        return _ChosenLogprobs.apply(states, head.weight, tokens, temperature)  # type: ignore[no-any-return, no-untyped-call]
+    return -F.cross_entropy(head(states).float() / temperature, tokens, reduction="none")
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    """The head and its log-softmax in one, over one buffer of N x V numbers: they are the largest of a training step.
+
+    log p(token) = logit(token) - logsumexp(logits), all divided by the temperature; its gradient by the logits is
+    one at the token, less the probabilities.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        logits = states @ weight.T
+        if temperature != 1:
+            logits /= temperature
+        total = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - total
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(states, weight, tokens, logits.sub_(total[:, None]).exp_())
+            ctx.temperature = temperature
+        return logprobs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        states, weight, tokens, probabilities = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
+        by_logits = probabilities.mul_(-gradient[:, None])  # its only use
+        by_logits[torch.arange(len(tokens), device=tokens.device), tokens] += gradient
+        by_states = by_logits @ weight if ctx.needs_input_grad[0] else None
+        by_weight = by_logits.T @ states if ctx.needs_input_grad[1] else None
+        return by_states, by_weight, None, None
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from tasks.models import load_language_model, load_scalar_model, pack, split_mod
 from tasks.ppo.rollout import (
     Rollout,
     as_rollout,
+    chosen_logprobs,
     final_states,
     generate,
     response_logprobs,
@@ -150,6 +151,39 @@ def test_logprobs_with_gradients_are_those_without(model: Any) -> None:
     assert within.requires_grad
     assert not without.requires_grad
     assert_close(within.detach(), without, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_fused_head_has_the_numbers_and_gradients_of_the_plain_one(temperature: float) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False)
+    states, tokens, wanted = torch.randn(6, 8), torch.randint(50, (6,)), torch.randn(6)
+    results = []
+    for fused in (True, False):
+        inputs = states.clone().requires_grad_(True)
+        head.weight.grad = None
+        if fused:
+            logprobs = chosen_logprobs(head, inputs, tokens, temperature)
+        else:
+            logprobs = (head(inputs) / temperature).log_softmax(-1)[torch.arange(6), tokens]
+        (logprobs * wanted).sum().backward()
+        assert inputs.grad is not None
+        assert head.weight.grad is not None
+        results.append((logprobs.detach(), inputs.grad, head.weight.grad))
+    assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    # a frozen head has no gradient, and without gradients it is the same number
+    head.requires_grad_(False)
+    head.weight.grad = None
+    inputs = states.clone().requires_grad_(True)
+    (chosen_logprobs(head, inputs, tokens, temperature) * wanted).sum().backward()
+    assert_close(inputs.grad, results[0][1])
+    assert head.weight.grad is None
+    with torch.no_grad():
+        assert_close(chosen_logprobs(head, states, tokens, temperature), results[0][0])
+    # a head with a bias goes the plain way
+    biased = torch.nn.Linear(8, 50)
+    expected = (biased(states) / temperature).log_softmax(-1)[torch.arange(6), tokens]
+    assert_close(chosen_logprobs(biased, states, tokens, temperature), expected)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
