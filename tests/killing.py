@@ -13,10 +13,10 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,12 @@ from tasks.lineage import load_stages
 class Ran(NamedTuple):
     killed: bool
     calls: int = 0  # all that were counted
-    saves: tuple[tuple[int, int], ...] = ()  # the counts at the start and at the end of each write of a checkpoint
+    spans: Mapping[str, list[tuple[int, int]]] = MappingProxyType({})  # of each phase: the counts at start and end
+
+    @property
+    def saves(self) -> list[tuple[int, int]]:
+        """The writes of checkpoints."""
+        return self.spans[Checkpoints.save.__qualname__]
 
 
 # One server process imports what takes long, once; each run is a fork of it and starts in a moment
@@ -38,10 +43,18 @@ _context.set_forkserver_preload(
 )
 
 
-def run_apart(work: Callable[..., None], *arguments: Any, kill_at: int | None = None) -> Ran:
-    """Run `work(*arguments)`, to its end or to the call of that number. An exception in it is an AssertionError."""
+def run_apart(
+    work: Callable[..., None],
+    *arguments: Any,
+    kill_at: int | None = None,
+    phases: tuple[Callable[..., Any], ...] = (Checkpoints.save,),
+) -> Ran:
+    """Run `work(*arguments)`, to its end or to the call of that number. An exception in it is an AssertionError.
+
+    phases: functions whose spans are noted.
+    """
     receiver, sender = _context.Pipe(duplex=False)
-    process = _context.Process(target=_run, args=(sender, kill_at, work, *arguments))
+    process = _context.Process(target=_run, args=(sender, kill_at, phases, work, *arguments))
     process.start()
     sender.close()
     process.join()
@@ -56,7 +69,11 @@ def moments(ran: Ran, seed: int, anywhere: int, while_saving: int) -> list[int]:
     """Counts to kill at: some from anywhere in a run like this one, some from within the write of a checkpoint."""
     draw = random.Random(seed)
     chosen = [draw.randint(1, ran.calls) for _ in range(anywhere)]
-    return chosen + [draw.randint(*draw.choice(ran.saves)) for _ in range(while_saving)]
+    return chosen + within(ran.saves, draw, while_saving)
+
+
+def within(spans: list[tuple[int, int]], draw: random.Random, count: int) -> list[int]:
+    return [draw.randint(*draw.choice(spans)) for _ in range(count)]
 
 
 def written_by(root: Path, stage: str) -> dict[str, str]:
@@ -69,19 +86,27 @@ def written_by(root: Path, stage: str) -> dict[str, str]:
     }
 
 
-def _run(sender: Connection, kill_at: int | None, work: Callable[..., None], *arguments: Any) -> None:
+def _run(
+    sender: Connection,
+    kill_at: int | None,
+    phases: tuple[Callable[..., Any], ...],
+    work: Callable[..., None],
+    *arguments: Any,
+) -> None:
     torch.set_num_threads(1)  # tiny models gain nothing by more, and lose where the machine is busy
-    counter = _Counter(kill_at)
+    counter = _Counter(kill_at, phases)
     sys.setprofile(counter)
     work(*arguments)
     sys.setprofile(None)
-    sender.send(Ran(False, counter.calls, tuple(counter.saves)))
+    sender.send(Ran(False, counter.calls, counter.spans))
 
 
 class _Counter:
-    def __init__(self, kill_at: int | None) -> None:
+    def __init__(self, kill_at: int | None, phases: tuple[Callable[..., Any], ...]) -> None:
         self.kill_at, self.calls, self.counting = kill_at, 0, False
-        self.saves: list[tuple[int, int]] = []
+        self.names = {phase.__code__: phase.__qualname__ for phase in phases}
+        self.spans: dict[str, list[tuple[int, int]]] = {name: [] for name in self.names.values()}
+        self.started: dict[str, int] = {}
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code is Checkpoints.latest.__code__:
@@ -92,7 +117,8 @@ class _Counter:
             self.calls += 1
             if self.calls == self.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-        if frame.f_code is Checkpoints.save.__code__ and event == "call":
-            self.started = self.calls
-        if frame.f_code is Checkpoints.save.__code__ and event == "return":
-            self.saves.append((self.started, self.calls))
+        name = self.names.get(frame.f_code)
+        if name is not None and event == "call":
+            self.started[name] = self.calls
+        if name is not None and event == "return":
+            self.spans[name].append((self.started[name], self.calls))

@@ -43,7 +43,11 @@ TEXTS = ["hello dear", "your order is late", "refund it", "sorry", "by monday", 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("ppo")
+    return stage_models(tmp_path_factory.mktemp("ppo"))
+
+
+def stage_models(root: Path) -> dict[str, Path]:
+    """The models that the stage reads."""
     sft = load_language_model(tiny_model_dir(root / "sft", seed=3))
     reward = load_scalar_model(tiny_model_dir(root / "other", reward=True, seed=4))
     reward.model.embed_tokens.load_state_dict(sft.model.embed_tokens.state_dict())

@@ -42,8 +42,13 @@ def work(folders: Folders, out: Path) -> None:
     found, figures = gradients(trainer, judged(trainer), torch.tensor([0, 1, 2, 3, 4, 5, 14, 15]))
     whole = make_trainer(folders, arguments={"pretraining": TEXTS}, **OPTIONS)
     history = [without_times(row) for row in whole]
-    result = {"gradients": found, "figures": figures, "history": history, "weights": trained_weights(whole)}
-    result["processes"] = whole.processes.count
+    result = {
+        "processes": whole.processes.count,
+        "gradients": found,
+        "figures": figures,
+        "history": history,
+        "weights": trained_weights(whole),
+    }
     torch.save(result, out)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def test_texts_come_in_order_each_before_any_comes_again() -> None:
 @pytest.mark.parametrize("layers", [1, "all"])
 def test_the_gradient_is_ppos_and_gamma_times_the_language_models(folders: Folders, layers: object) -> None:
     """Equation 2 of InstructGPT, in its proportion: 8 texts for each of the minibatch's 8 episodes."""
-    options = {"ptx_coef": 27.8, "ptx_examples_per_episode": 8, "trainable_layers": layers}
+    options: dict[str, Any] = {"ptx_coef": 27.8, "ptx_examples_per_episode": 8, "trainable_layers": layers}
     arguments = {"pretraining": TEXTS}
     rows = torch.arange(8)
     mixed = make_trainer(folders, arguments=arguments, **options)

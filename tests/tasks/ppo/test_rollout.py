@@ -158,7 +158,7 @@ def test_the_fused_head_has_the_numbers_and_gradients_of_the_plain_one(temperatu
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)
     states, tokens, wanted = torch.randn(6, 8), torch.randint(50, (6,)), torch.randn(6)
-    results = []
+    results: list[tuple[Tensor, Tensor, Tensor]] = []
     for fused in (True, False):
         inputs = states.clone().requires_grad_(True)
         head.weight.grad = None

@@ -96,7 +96,7 @@ def test_held_out_prompts_are_not_trained_on(folders: Folders) -> None:
 
 
 def test_a_missing_end_counts_on_held_out_prompts_too(folders: Folders) -> None:
-    options = {"eval_every": 1, "eval_prompts": 5}
+    options: dict[str, Any] = {"eval_every": 1, "eval_prompts": 5}
     plain = make_trainer(folders, missing_end_score=None, **options).evaluate()
     marked = make_trainer(folders, missing_end_score=-50.0, **options).evaluate()
     assert marked.score < plain.score - 5
@@ -108,17 +108,17 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_good_weights(folders: Folder
     trainer = make_trainer(folders, updates=5, eval_every=eval_every, eval_prompts=2)
     train = trainer.train_minibatch
 
-    def spoilt(batch: Batch, part: Tensor) -> dict[str, float]:
-        return train(batch._replace(advantages=batch.advantages * float("inf")), part)
+    def spoilt(batch: Batch, rows: Tensor) -> dict[str, float]:
+        return train(batch._replace(advantages=batch.advantages * float("inf")), rows)
 
-    rows = []
+    seen = []
     for metrics in trainer:
-        rows.append(metrics)
+        seen.append(metrics)
         if trainer.update == 2:
             before = trained_weights(trainer)
             trainer.train_minibatch = spoilt  # type: ignore[method-assign]
     assert trainer.update == 2
-    assert len(rows) == 3
+    assert len(seen) == 3
     assert trainer.watch.stopped is not None
     assert trainer.watch.stopped.startswith("update 3: policy_loss is ")
     assert all(torch.isfinite(weight).all() for weight in trained_weights(trainer))
