@@ -4,7 +4,7 @@ BIN := .venv/bin
 # so that `python` and `dvc` in dvc.yaml's commands are those of .venv
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help run test check format ui clean
+.PHONY: help run test check format ui bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -17,16 +17,19 @@ test: .venv/installed .git  ## the same environment, and the tests
 	@$(IN_VENV) $(BIN)/python -m pytest $(TESTS)
 
 check: .venv/installed  ## format, lint and types; a warning is an error
-	@$(BIN)/ruff format --check flows tasks tests
-	@$(BIN)/ruff check flows tasks tests
-	@$(BIN)/mypy flows tasks tests
+	@$(BIN)/ruff format --check flows tasks tests bench
+	@$(BIN)/ruff check flows tasks tests bench
+	@$(BIN)/mypy flows tasks tests bench
 
 format: .venv/installed  ## put the code into its format
-	@$(BIN)/ruff format flows tasks tests
-	@$(BIN)/ruff check --fix flows tasks tests
+	@$(BIN)/ruff format flows tasks tests bench
+	@$(BIN)/ruff check --fix flows tasks tests bench
 
 ui: .venv/installed  ## MLflow on http://127.0.0.1:5000 and Prefect on http://127.0.0.1:4200, until Ctrl-C
 	@$(IN_VENV) $(BIN)/python -m flows.ui
+
+bench: .venv/installed .git  ## speed and memory beside trl's PPO: ONLY=ppo, QUICK=1 for one size in under 15 minutes
+	@$(IN_VENV) $(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 
 clean:  ## remove the environment and the tools' caches; data, models and records stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,7 @@
-"""Times this project's PPOTrainer and prints one line of JSON: `python -m bench.ours_side`; options as bench/trl_side.py.
+"""Times this project's PPOTrainer and prints one line of JSON: `python -m bench.ours_side`, as bench/trl_side.py does.
 
 The same work as the peer's from the same seeds (bench/workload.py), in one of two modes: `full` trains all layers of
-policy and value model, as TRL does; `frozen_trunk` trains the top `--layers`. A process of its own, tuned as a stage is.
+policy and value model, as TRL does; `frozen_trunk` trains the top `--layers`. The process is tuned as a stage's is.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def load_models(arguments: argparse.Namespace) -> tuple[Any, Any]:
 def forced_sampler(arguments: argparse.Namespace, end_token: int, pad_token: int) -> Any:
     """`generate` with the workload's response lengths: they go in with the random numbers."""
     sample_tokens = rollout.sample_tokens
-    updates = iter(range(1 + arguments.updates))
+    updates = iter(range(arguments.warmup + arguments.updates))
 
     def forced_tokens(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
         last = torch.where(draws == END_HERE, 1, 0)  # its own step is 0: `last` is its length where it ends here
         return sample_tokens(force_lengths(logits, 0, last, end_token, pad_token), draws % 1, temperature, top_p)
 
-    rollout.sample_tokens = forced_tokens
+    rollout.sample_tokens = forced_tokens  # type: ignore[assignment]
 
     def sampler(trunk: Any, branch: Any, prompts: Any, uniforms: Tensor, **options: Any) -> rollout.Rollout:
         update = next(updates)
@@ -71,7 +71,7 @@ def forced_sampler(arguments: argparse.Namespace, end_token: int, pad_token: int
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     policy, reward = load_models(arguments)
     end_token, pad_token = policy.config.eos_token_id, policy.config.pad_token_id
-    updates = 1 + arguments.updates
+    updates = arguments.warmup + arguments.updates
     prompts = [
         make_prompts(
             arguments.seed, update, arguments.batch, arguments.prompt_length, policy.config.vocab_size, arguments.ragged
@@ -105,12 +105,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for metrics in trainer:
         rows.append(metrics)
         assert trainer.last is not None
-        if len(rows) > 1:
+        if len(rows) > arguments.warmup:
             tokens += int(trainer.last.rollout.mask.sum())
             response_tokens += int(trainer.last.rollout.response_mask.sum())
-    seconds = [arguments.batch / row["time/episodes_per_second"] for row in rows[1:]]
+    seconds = [arguments.batch / row["time/episodes_per_second"] for row in rows[arguments.warmup :]]
     phases = {
-        name: sum(row[f"time/{name}_seconds"] for row in rows[1:]) for name in ("generate", "score", "train")
+        name: sum(row[f"time/{name}_seconds"] for row in rows[arguments.warmup :])
+        for name in ("generate", "score", "train")
     }
     total = sum(seconds)
     return {
@@ -146,7 +147,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-length", type=int, default=24)
     parser.add_argument("--response-length", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--updates", type=int, default=2, help="updates that count; one more runs before them")
+    parser.add_argument("--warmup", type=int, default=1, help="updates before those that count")
+    parser.add_argument("--updates", type=int, default=2, help="updates that count")
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=3e-6)

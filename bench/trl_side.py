@@ -4,7 +4,7 @@
     bench/.peer/bin/python bench/trl_side.py --tiny --ragged
 
 fp32, on the GPU if there is one. Fixed: each prompt and response has full length. --ragged: both vary, in a way that
-bench/workload.py draws from the seed. One update runs first, as a warm-up, and is not counted.
+bench/workload.py draws from the seed. `--warmup` updates run first and are not counted.
 
 The line: episodes_per_s; tokens_per_s (prompt and response tokens, no padding), response_tokens_per_s; seconds, summed
 over the counted updates: generate (batch_generation), score (the rest of the rollout phase, up to the first
@@ -121,10 +121,11 @@ def make_trainer(arguments: argparse.Namespace, models: dict[str, Any], output: 
     config = models["model"].config
     end_token, pad_token, width = config.eos_token_id, config.pad_token_id, arguments.prompt_length
     models["model"].generation_config = GenerationConfig(pad_token_id=pad_token)
-    updates = 1 + arguments.updates
+    updates = arguments.warmup + arguments.updates
     settings = PPOConfig(
         output_dir=output,
-        per_device_train_batch_size=arguments.batch,
+        per_device_train_batch_size=min(arguments.micro_batch, arguments.batch),
+        gradient_accumulation_steps=max(1, arguments.batch // arguments.micro_batch),
         local_rollout_forward_batch_size=arguments.batch,
         total_episodes=arguments.batch * updates,
         num_ppo_epochs=arguments.epochs,
@@ -158,7 +159,11 @@ def make_trainer(arguments: argparse.Namespace, models: dict[str, Any], output: 
 
 def force_response_lengths(trainer: PPOTrainer, arguments: argparse.Namespace) -> None:
     """Make the policy's `generate`, once an update, end each row where the workload says."""
-    policy, width, updates = trainer.policy_model, arguments.prompt_length, iter(range(1 + arguments.updates))
+    policy, width, updates = (
+        trainer.policy_model,
+        arguments.prompt_length,
+        iter(range(arguments.warmup + arguments.updates)),
+    )
     real_generate, config = policy.generate, policy.config
 
     def generate(**options: Any) -> Any:
@@ -187,9 +192,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         force_response_lengths(trainer, arguments)
         stopwatch = Stopwatch(trainer)
         trainer.train()
-        seconds = stopwatch.seconds(time.perf_counter())[1:]
+        seconds = stopwatch.seconds(time.perf_counter())[arguments.warmup :]
     pad_token, width = models["model"].config.pad_token_id, arguments.prompt_length
-    real = [tokens != pad_token for tokens in stopwatch.tokens[1:]]
+    real = [tokens != pad_token for tokens in stopwatch.tokens[arguments.warmup :]]
     totals = {phase: sum(update[phase] for update in seconds) for phase in seconds[0]}
     total = totals["total"]
     return {
@@ -214,7 +219,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-length", type=int, default=24)
     parser.add_argument("--response-length", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--updates", type=int, default=2, help="updates that count; one more runs before them")
+    parser.add_argument("--micro-batch", type=int, default=16, help="episodes a forward pass in training")
+    parser.add_argument("--warmup", type=int, default=1, help="updates before those that count")
+    parser.add_argument("--updates", type=int, default=2, help="updates that count")
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=3e-6)
