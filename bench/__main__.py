@@ -1,4 +1,4 @@
-"""`make bench`: measurements that anyone can repeat. Writes bench/results.json and prints a table."""
+"""`make bench`: measurements that anyone can repeat. Writes bench/results.json and prints a table of each."""
 
 from __future__ import annotations
 
@@ -9,31 +9,37 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import ppo
+from bench import growth, ppo
 
 RESULTS = Path(__file__).parent / "results.json"
+BENCHES: dict[str, Any] = {"ppo": ppo, "growth": growth}
+# what names a measurement: a new one replaces the old
+KEY = ("bench", "model", "batch", "epochs", "ragged", "mode", "vary", "value")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", choices=("ppo",), help="one of the benchmarks; without it, all")
-    parser.add_argument("--quick", action="store_true", help="one size, in under 15 minutes")
+    parser.add_argument("--only", choices=BENCHES, help="one of them; without it, all")
+    parser.add_argument("--quick", action="store_true", help="few sizes; `ppo` takes less than 15 minutes then")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     console = Console()
-    records: list[dict[str, Any]] = []
-    for record in ppo.run(arguments.quick, arguments.threads, console):
-        records.append(record)
-        keep(record)
-    console.print(ppo.table(records))
-    console.print(f"{len(records)} records written to {RESULTS}")
+    for name in [arguments.only] if arguments.only else BENCHES:
+        records = []
+        for record in BENCHES[name].run(arguments.quick, arguments.threads, console):
+            records.append(record)
+            keep(record)
+        console.print(BENCHES[name].table(records))
+        if name == "growth":
+            growth.plot(records)
+            console.print(f"plot: {growth.PLOT}")
+    console.print(f"records: {RESULTS}")
 
 
 def keep(record: dict[str, Any]) -> None:
-    """Into results.json, in place of the record of the same measurement."""
-    key = ("bench", "model", "batch", "epochs", "ragged", "mode")
+    """Into results.json, in place of the last record of the same measurement."""
     records = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    records = [other for other in records if any(other.get(name) != record[name] for name in key)]
+    records = [other for other in records if any(other.get(name) != record.get(name) for name in KEY)]
     RESULTS.write_text(json.dumps([*records, record], indent=1) + "\n")
 
 

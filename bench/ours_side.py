@@ -26,7 +26,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from bench.workload import force_lengths, make_prompts, response_lengths, small_model_config
+from bench.workload import SHAPES, force_lengths, make_prompts, model_config, response_lengths
 from tasks.ppo import rollout
 from tasks.ppo.params import PPOParams
 from tasks.ppo.trainer import PPOTrainer
@@ -35,9 +35,9 @@ END_HERE = 2.0  # as the random number of a token: the workload ends the respons
 
 
 def load_models(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    if arguments.tiny:
+    if arguments.shape:
         torch.manual_seed(arguments.seed)
-        config = LlamaConfig(**small_model_config(), num_labels=1)
+        config = LlamaConfig(**model_config(arguments.shape), num_labels=1)
         policy, reward = LlamaForCausalLM(config), LlamaForSequenceClassification(config)
         reward.model.load_state_dict(policy.model.state_dict())  # one trunk, as in a reward model trained from it
         return policy, reward
@@ -141,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--value", choices=("separate", "head"), default="separate")
     parser.add_argument("--model", type=Path, default=Path("data/models/sft"))
     parser.add_argument("--reward", type=Path, default=Path("data/models/reward"))
-    parser.add_argument("--tiny", action="store_true", help="random weights, 10.5 million parameters, no folders")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, no folders")
     parser.add_argument("--batch", type=int, default=16, help="episodes an update")
     parser.add_argument("--micro-batch", type=int, default=16, help="episodes a forward pass in training")
     parser.add_argument("--prompt-length", type=int, default=24)

@@ -20,12 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.peer import peer_python
-from bench.workload import small_model_config
+from bench.workload import model_config
 
 MODES = ("trl", "full", "frozen_trunk")
 ROOT = Path(__file__).parent.parent
 BASE, REWARD = ROOT / "data/models/base", Path(__file__).parent / ".models/reward"
-SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "kv_size": 192, "vocab_size": 49152}
 
 
 class Size(NamedTuple):
@@ -98,10 +97,15 @@ def measure(size: Size, mode: str, threads: int, peer: Path) -> dict[str, Any]:
         "--warmup": 2,
         "--updates": 2,
         **({} if mode == "trl" else {"--mode": mode, "--layers": size.layers}),
-        **({} if size.model == "Llama-10M" else {"--model": BASE, "--reward": REWARD}),
+        **({"--shape": "10M"} if size.model == "Llama-10M" else {"--model": BASE, "--reward": REWARD}),
     }
     command += [str(part) for pair in options.items() for part in pair]
-    command += ["--ragged"] * size.ragged + ["--tiny"] * (size.model == "Llama-10M")
+    command += ["--ragged"] * size.ragged
+    return line_of(command)
+
+
+def line_of(command: list[str]) -> dict[str, Any]:
+    """The JSON that a side prints last."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -146,9 +150,10 @@ def flops(size: Size, mode: str, figures: dict[str, Any]) -> float:
     """
     tokens = figures["tokens_per_s"] * figures["seconds"]["total"]
     responses = figures["response_tokens_per_s"] * figures["seconds"]["total"]
-    shape = SMOLLM2 if size.model == "SmolLM2-135M" else {**small_model_config(), "kv_size": 256}
+    shape = model_config(size.model.rpartition("-")[2])
     width, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    block = width * (2 * width + 2 * shape["kv_size"] + 3 * shape["intermediate_size"])
+    kv_width = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    block = width * (2 * width + 2 * kv_width + 3 * shape["intermediate_size"])
     head = width * shape["vocab_size"]
     trained = layers if mode != "frozen_trunk" else size.layers
     generation = 2 * (tokens * layers * block + responses * head)

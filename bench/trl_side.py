@@ -1,7 +1,7 @@
 """Times trl 1.12.0's PPOTrainer and prints one line of JSON. Runs in the peer's environment (`python -m bench.peer`).
 
     bench/.peer/bin/python bench/trl_side.py --model data/models/sft --reward data/models/reward --batch 16
-    bench/.peer/bin/python bench/trl_side.py --tiny --ragged
+    bench/.peer/bin/python bench/trl_side.py --shape 10M --ragged
 
 fp32, on the GPU if there is one. Fixed: each prompt and response has full length. --ragged: both vary, in a way that
 bench/workload.py draws from the seed. `--warmup` updates run first and are not counted.
@@ -42,7 +42,7 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from bench.workload import force_lengths, make_prompts, response_lengths, small_model_config
+from bench.workload import SHAPES, force_lengths, make_prompts, model_config, response_lengths
 
 
 class Stopwatch:
@@ -96,9 +96,9 @@ class Stopwatch:
 
 def load_pair(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """A language model and a model with one number as its output, the same on each call."""
-    if arguments.tiny:
+    if arguments.shape:
         torch.manual_seed(arguments.seed)
-        config = LlamaConfig(**small_model_config(), num_labels=1)
+        config = LlamaConfig(**model_config(arguments.shape), num_labels=1)
         return LlamaForCausalLM(config), LlamaForSequenceClassification(config)
     return (
         AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
@@ -214,7 +214,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time trl 1.12.0's PPOTrainer.")
     parser.add_argument("--model", type=Path, default=Path("data/models/sft"))
     parser.add_argument("--reward", type=Path, default=Path("data/models/reward"))
-    parser.add_argument("--tiny", action="store_true", help="random weights, 10.5 million parameters, no folders")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, no folders")
     parser.add_argument("--batch", type=int, default=16, help="episodes an update")
     parser.add_argument("--prompt-length", type=int, default=24)
     parser.add_argument("--response-length", type=int, default=32)

@@ -13,15 +13,25 @@ from torch import Tensor
 FIRST_TOKEN = 32  # below are the special tokens: none is in a prompt (SmolLM2 has 17)
 
 
-def small_model_config() -> dict[str, Any]:
-    """Arguments of a LlamaConfig of 10.5 million parameters, for a comparison that takes seconds."""
+# vocabulary, width, width of the MLP, layers, heads, key-value heads; the last two are SmolLM2's
+SHAPES = {
+    "10M": (8192, 256, 1024, 8, 4, 4),
+    "45M": (16384, 448, 1280, 16, 7, 7),
+    "135M": (49152, 576, 1536, 30, 9, 3),
+    "360M": (49152, 960, 2560, 32, 15, 5),
+}
+
+
+def model_config(shape: str) -> dict[str, Any]:
+    """Arguments of a LlamaConfig of about so many parameters."""
+    vocabulary, width, mlp, layers, heads, kv_heads = SHAPES[shape]
     return {
-        "vocab_size": 8192,
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
         "pad_token_id": 0,

@@ -37,6 +37,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "minibatch_size": 2,
         "micro_batch_size": 2,
         "value_warmup_epochs": 1,
+        "eval_every": 0,  # with so few prompts the SFT model itself may score best
+        "checkpoint_every": 1,
     },
     "evaluate": {"prompts": 4, "batch_size": 4, "bootstrap_samples": 100},
 }
