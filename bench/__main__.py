@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import growth, ppo
+from bench import growth, ppo, time_to_reward
 
 RESULTS = Path(__file__).parent / "results.json"
-BENCHES: dict[str, Any] = {"ppo": ppo, "growth": growth}
+BENCHES: dict[str, Any] = {"ppo": ppo, "time_to_reward": time_to_reward, "growth": growth}
 # what names a measurement: a new one replaces the old
-KEY = ("bench", "model", "batch", "epochs", "ragged", "mode", "vary", "value")
+KEY = ("bench", "model", "batch", "epochs", "ragged", "mode", "vary", "value", "learning_rate", "seed")
 
 
 def main() -> None:
