@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from tasks.checkpoints import nest, pick, restore_rng, rng_state
 from tasks.models import decode_response, encode_prompt
 from tasks.ppo import checks, ptx
 from tasks.ppo.advantages import gae, token_rewards, whiten
+from tasks.ppo.batch import Batch, Episodes, describe, mean_of
 from tasks.ppo.kl import KLController, token_kl
 from tasks.ppo.learner import Learner, NotFinite
 from tasks.ppo.loss import policy_loss, value_loss
@@ -37,31 +38,6 @@ from tasks.ppo.rollout import Rollout, Sampler, final_states, generate, response
 from tasks.ppo.scores import RunningMoments, clip_scores, score_missing_end
 from tasks.ppo.stopping import HeldOut, Watch
 from tasks.stage import UserError
-
-
-class Episodes(NamedTuple):
-    """What this process sampled, b episodes, scored."""
-
-    rollout: Rollout
-    prompts: list[int]  # b places in the trainer's prompts
-    scores: Tensor  # (b,) as the reward gave them
-
-
-class Batch(NamedTuple):
-    """An update's episodes with what the losses need of them: B over all processes, R response tokens."""
-
-    rollout: Rollout  # this process's own, B / processes
-    first: int  # the place of its first among the B
-    mask: Tensor  # (B, R) bool
-    ended: Tensor  # (B,) bool
-    scores: Tensor  # (B,) as the reward gave them
-    shaped: Tensor  # (B,) as they enter the rewards
-    logprobs: Tensor  # (B, R) of the policy that sampled
-    ref_logprobs: Tensor  # (B, R)
-    rewards: Tensor  # (B, R)
-    values: Tensor  # (B, R) before the update
-    advantages: Tensor  # (B, R) whitened where asked for
-    returns: Tensor  # (B, R)
 
 
 class PPOTrainer:
@@ -189,7 +165,7 @@ class PPOTrainer:
                         figures.append(self.train_minibatch(batch, rows))
             except NotFinite as error:
                 self.watch.stop(f"update {self.update + 1}: {error}")
-        return _mean_of(figures)
+        return mean_of(figures)
 
     def sample(self, update: int) -> tuple[Rollout, list[int]]:
         """This process's responses to the update's prompts, which come in shuffled order, each before any comes again.
@@ -509,25 +485,3 @@ class PPOTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] += time.monotonic() - started
-
-
-def describe(batch: Batch) -> dict[str, float]:
-    """What an update's episodes were like, before the policy learned from them."""
-    mask = batch.mask
-    difference = (batch.logprobs - batch.ref_logprobs) * mask
-    errors = (batch.returns - batch.values)[mask]
-    return {
-        "score": batch.scores.mean().item(),
-        "score_std": batch.scores.std(correction=0).item(),
-        "reward": batch.rewards.sum(-1).mean().item(),
-        "kl": difference.sum(-1).mean().item(),
-        # of samples at the policy's temperature, -log pi is an unbiased estimate of the entropy
-        "entropy": -batch.logprobs[mask].mean().item(),
-        "value_explained_variance": 1 - (errors.var() / batch.returns[mask].var()).item(),
-        "ended_share": batch.ended.float().mean().item(),
-        "response_length": mask.sum(-1).float().mean().item(),
-    }
-
-
-def _mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tasks.ppo.batch import Batch
 from tasks.ppo.params import PPOParams
 from tasks.ppo.stopping import HeldOut, Watch
-from tasks.ppo.trainer import Batch
 from tests.tasks.ppo.toy import Folders, liked, make_trainer, trained_weights, without_times
 
 

@@ -23,9 +23,10 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from tasks.ppo.advantages import gae
+from tasks.ppo.batch import Batch, Episodes
 from tasks.ppo.params import PPOParams
 from tasks.ppo.rollout import as_rollout
-from tasks.ppo.trainer import Batch, Episodes, PPOTrainer
+from tasks.ppo.trainer import PPOTrainer
 
 FIXTURE = Path(__file__).with_name("trl_1_12.json")
 FACTS = json.loads(FIXTURE.read_text())

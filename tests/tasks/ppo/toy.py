@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tasks.models import Branch, Trunk, load_language_model, load_scalar_model, load_tokenizer, save_model, shared_depth
+from tasks.ppo.batch import Batch, Episodes
 from tasks.ppo.params import PPOParams
 from tasks.ppo.rollout import Rollout
-from tasks.ppo.trainer import Batch, Episodes, PPOTrainer
+from tasks.ppo.trainer import PPOTrainer
 from tests.tiny import tiny_model_dir
 
 PAD, END = 0, 2
