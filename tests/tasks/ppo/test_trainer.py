@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tasks.models import (
 )
 from tasks.ppo.advantages import gae, token_rewards, whiten
 from tasks.ppo.kl import token_kl
+from tasks.ppo.rollout import Rollout, as_rollout, generate
 from tests.tasks.ppo.toy import (
     PROMPTS,
     Folders,
@@ -322,3 +324,38 @@ def test_the_models_that_were_handed_in_are_the_trained_ones(
     loaded = load_scalar_model(tmp_path / "value")
     assert torch.equal(loaded.score.weight, value_branch(trainer).get_parameter("head.weight"))
     assert not torch.equal(loaded.score.weight, load_scalar_model(folders.reward).score.weight)
+
+
+def test_another_engine_can_generate(folders: Folders) -> None:
+    """It hands back tokens alone, as vLLM would; the rest of the update is the same."""
+    asked: list[dict[str, Any]] = []
+
+    def engine(trunk: Any, branch: Any, prompts: Any, uniforms: Any, **options: Any) -> Rollout:
+        asked.append(options)
+        responses = generate(trunk, branch, prompts, uniforms, **options).response_ids()
+        names = ("end_token", "pad_token", "temperature", "samples_per_prompt")
+        return as_rollout(trunk, branch, prompts, responses, **{name: options[name] for name in names})
+
+    own = [without_times(row) for row in make_trainer(folders)]
+    trainer = make_trainer(folders, arguments={"sampler": engine})
+    for row, expected in zip(trainer, own, strict=True):
+        assert without_times(row) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert len(asked) == 2
+    assert asked[0]["max_new_tokens"] == 8
+
+
+def test_bf16_is_near_fp32_and_leaves_the_weights_in_fp32(folders: Folders) -> None:
+    plain, mixed = make_trainer(folders), make_trainer(folders, precision="bf16")
+    rollout, _ = plain.sample(0)
+    one, two = judged(plain, rollout), judged(mixed, rollout)
+    assert two.values.dtype == two.advantages.dtype == torch.float32
+    assert_close(two.values, one.values, rtol=0.05, atol=0.05)
+    assert_close(two.ref_logprobs, one.ref_logprobs, rtol=0.05, atol=0.05)
+    rows = torch.arange(16)
+    found, expected = gradients(mixed, two, rows)[0], gradients(plain, one, rows)[0]
+    for gradient, exact in zip(found, expected, strict=True):
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), exact.flatten(), dim=0) > 0.95
+    trained = make_trainer(folders, precision="bf16")
+    history = list(trained)
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    assert all(weight.dtype == torch.float32 for weight in trained_weights(trained))
