@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few sizes; `ppo` takes less than 15 minutes then")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 170)
     for name in [arguments.only] if arguments.only else BENCHES:
         records = []
         for record in BENCHES[name].run(arguments.quick, arguments.threads, console):
