@@ -1,5 +1,7 @@
-"""The trainer's parameters, each with its range. Defaults are InstructGPT's where it tells (Ouyang et al. 2022), else
-those of Huang et al. 2024 ("The N+ implementation details of RLHF with PPO", 2403.17031).
+"""The trainer's parameters, each with its range.
+
+KL coefficient, clip range, gamma and Adam's betas default to InstructGPT's (Ouyang et al. 2022); learning rates and
+lambda to those of Huang et al. 2024 ("The N+ implementation details of RLHF with PPO", 2403.17031).
 
 A plain dataclass, so that the trainer needs no library for it; tasks/params.py reads the same class from params.yaml.
 """
