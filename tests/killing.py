@@ -76,6 +76,31 @@ def within(spans: list[tuple[int, int]], draw: random.Random, count: int) -> lis
     return [draw.randint(*draw.choice(spans)) for _ in range(count)]
 
 
+def kill_and_finish(
+    work: Callable[[Path], None], lay_out: Callable[[str], Path], stage: str, *, saves: int, seed: int
+) -> None:
+    """Killed twice at any moment, a stage ends with what an uninterrupted run wrote; `saves`: its checkpoints.
+
+    work: runs the stage in a folder; lay_out: makes the folder of that name, with what the stage reads.
+    """
+    whole = lay_out("whole")
+    ran = run_apart(work, whole)
+    assert len(ran.saves) == saves
+    expected = written_by(whole, stage)
+    assert {Path(name).suffix for name in expected} >= {".safetensors", ".csv"}
+    kills = resumed = half_written = 0
+    for number, first in enumerate(moments(ran, seed=seed, anywhere=3, while_saving=3)):
+        root = lay_out(str(number))
+        for kill_at in (first, ran.calls // 3, None):  # killed, killed again, and then to the end
+            resumed += any(root.glob(f".rlhf/checkpoints/{stage}/*/step-*"))
+            half_written += any(root.glob(f".rlhf/checkpoints/{stage}/*/.tmp-*"))
+            kills += run_apart(work, root, kill_at=kill_at).killed
+        assert written_by(root, stage) == expected, f"killed at {first}, then at {ran.calls // 3}"
+    assert kills >= 10
+    assert resumed >= 6
+    assert half_written >= 1
+
+
 def written_by(root: Path, stage: str) -> dict[str, str]:
     """{path: SHA-256} of what a stage has written in this folder; no half-written file or checkpoint is left there."""
     assert not list(root.rglob(".tmp-*"))

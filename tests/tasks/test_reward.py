@@ -31,7 +31,7 @@ from tasks.reward import (
     warmup_cosine,
 )
 from tasks.stage import Stage, UserError
-from tests.killing import moments, run_apart, written_by
+from tests.killing import kill_and_finish, written_by
 from tests.tiny import tiny_model_dir
 
 DEFAULTS = load_params(Path("params.yaml"))
@@ -354,18 +354,4 @@ def run_killed_stage(root: Path) -> None:
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(sft: Path, tmp_path: Path) -> None:
-    ran = run_apart(run_killed_stage, lay_out(tmp_path / "whole", sft))
-    assert len(ran.saves) == 7
-    expected = written_by(tmp_path / "whole", "reward")
-    assert {Path(name).suffix for name in expected} >= {".safetensors", ".csv"}
-    kills = resumed = half_written = 0
-    for number, first in enumerate(moments(ran, seed=2, anywhere=3, while_saving=3)):
-        root = lay_out(tmp_path / str(number), sft)
-        for kill_at in (first, ran.calls // 3, None):  # killed, killed again, and then to the end
-            resumed += any(root.glob(".rlhf/checkpoints/reward/*/step-*"))
-            half_written += any(root.glob(".rlhf/checkpoints/reward/*/.tmp-*"))
-            kills += run_apart(run_killed_stage, root, kill_at=kill_at).killed
-        assert written_by(root, "reward") == expected, f"killed at {first}, then at {ran.calls // 3}"
-    assert kills >= 10
-    assert resumed >= 6
-    assert half_written >= 1
+    kill_and_finish(run_killed_stage, lambda name: lay_out(tmp_path / name, sft), "reward", saves=7, seed=2)

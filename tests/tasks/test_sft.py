@@ -27,7 +27,7 @@ from tasks.models import (
 from tasks.params import Lora, Sft, load_params
 from tasks.sft import _dataset, _trainer_class, run, split_for_validation, train
 from tasks.stage import Stage, UserError
-from tests.killing import moments, run_apart, written_by
+from tests.killing import kill_and_finish
 from tests.tiny import tiny_model_dir
 
 DEFAULTS = load_params(Path("params.yaml"))
@@ -360,18 +360,4 @@ def run_killed_stage(root: Path) -> None:
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(base: Path, tmp_path: Path) -> None:
-    ran = run_apart(run_killed_stage, lay_out(tmp_path / "whole", base))
-    assert len(ran.saves) == 4
-    expected = written_by(tmp_path / "whole", "sft")
-    assert {Path(name).suffix for name in expected} >= {".safetensors", ".csv"}
-    kills = resumed = half_written = 0
-    for number, first in enumerate(moments(ran, seed=1, anywhere=3, while_saving=3)):
-        root = lay_out(tmp_path / str(number), base)
-        for kill_at in (first, ran.calls // 3, None):  # killed, killed again, and then to the end
-            resumed += any(root.glob(".rlhf/checkpoints/sft/*/step-*"))
-            half_written += any(root.glob(".rlhf/checkpoints/sft/*/.tmp-*"))
-            kills += run_apart(run_killed_stage, root, kill_at=kill_at).killed
-        assert written_by(root, "sft") == expected, f"killed at {first}, then at {ran.calls // 3}"
-    assert kills >= 10
-    assert resumed >= 6
-    assert half_written >= 1
+    kill_and_finish(run_killed_stage, lambda name: lay_out(tmp_path / name, base), "sft", saves=4, seed=1)
