@@ -6,7 +6,6 @@ from tasks.run import tune_process
 
 tune_process()  # before torch is imported
 
-import argparse
 import json
 import time
 from dataclasses import fields, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from bench.workload import learning_options
 from tasks.params import load_params
 from tasks.ppo.params import PPOParams
 from tasks.ppo.rollout import generate, uniforms_for
@@ -22,14 +22,7 @@ from tasks.ppo.trainer import PPOTrainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", type=Path, help="JSON: models, prompts, settings")
-    parser.add_argument("out", type=Path, help="JSON Lines: seconds of training, episodes, answers")
-    parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--budget", type=float, required=True, help="seconds of training")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = learning_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     work = json.loads(arguments.work.read_text())
     defaults = load_params(Path("params.yaml")).ppo

@@ -12,7 +12,6 @@ tune_process()  # before torch is imported
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,14 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from bench.workload import SHAPES, force_lengths, make_prompts, model_config, response_lengths
+from bench.workload import (
+    force_lengths,
+    make_prompts,
+    model_config,
+    peak_rss_bytes,
+    response_lengths,
+    timing_options,
+)
 from tasks.ppo import rollout
 from tasks.ppo.params import PPOParams
 from tasks.ppo.trainer import PPOTrainer
@@ -127,32 +133,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def peak_rss_bytes() -> int:
-    """VmHWM: getrusage's ru_maxrss would start from what the parent had."""
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time this project's PPOTrainer.")
+    parser = timing_options("Time this project's PPOTrainer.")
     parser.add_argument("--mode", choices=("full", "frozen_trunk"), default="full")
     parser.add_argument("--layers", type=int, default=6, help="trained from the top, with frozen_trunk")
     parser.add_argument("--value", choices=("separate", "head"), default="separate")
-    parser.add_argument("--model", type=Path, default=Path("data/models/sft"))
-    parser.add_argument("--reward", type=Path, default=Path("data/models/reward"))
-    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, no folders")
-    parser.add_argument("--batch", type=int, default=16, help="episodes an update")
-    parser.add_argument("--micro-batch", type=int, default=16, help="episodes a forward pass in training")
-    parser.add_argument("--prompt-length", type=int, default=24)
-    parser.add_argument("--response-length", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=1, help="updates before those that count")
-    parser.add_argument("--updates", type=int, default=2, help="updates that count")
-    parser.add_argument("--ragged", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=3e-6)
-    parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
 

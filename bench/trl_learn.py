@@ -25,6 +25,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+from bench.workload import learning_options
+
 
 class OutOfTime(Exception):
     pass
@@ -95,14 +97,7 @@ def answers(policy: Any, work: dict[str, Any]) -> list[list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", type=Path, help="JSON: models, prompts, settings")
-    parser.add_argument("out", type=Path, help="JSON Lines: seconds of training, episodes, answers")
-    parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--budget", type=float, required=True, help="seconds of training")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = learning_options(__doc__).parse_args()
     torch.set_num_threads(arguments.threads)
     work = json.loads(arguments.work.read_text())
     with tempfile.TemporaryDirectory() as output, redirect_stdout(sys.stderr), arguments.out.open("w") as out:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -42,7 +41,14 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from bench.workload import SHAPES, force_lengths, make_prompts, model_config, response_lengths
+from bench.workload import (
+    force_lengths,
+    make_prompts,
+    model_config,
+    peak_rss_bytes,
+    response_lengths,
+    timing_options,
+)
 
 
 class Stopwatch:
@@ -179,12 +185,6 @@ def force_response_lengths(trainer: PPOTrainer, arguments: argparse.Namespace) -
     policy.generate = generate
 
 
-def peak_rss_bytes() -> int:
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) * 1024
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     models = load_models(arguments)
     with tempfile.TemporaryDirectory() as output:
@@ -210,27 +210,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time trl 1.12.0's PPOTrainer.")
-    parser.add_argument("--model", type=Path, default=Path("data/models/sft"))
-    parser.add_argument("--reward", type=Path, default=Path("data/models/reward"))
-    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, no folders")
-    parser.add_argument("--batch", type=int, default=16, help="episodes an update")
-    parser.add_argument("--prompt-length", type=int, default=24)
-    parser.add_argument("--response-length", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--micro-batch", type=int, default=16, help="episodes a forward pass in training")
-    parser.add_argument("--warmup", type=int, default=1, help="updates before those that count")
-    parser.add_argument("--updates", type=int, default=2, help="updates that count")
-    parser.add_argument("--ragged", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=3e-6)
-    parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
-
-
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = timing_options("Time trl 1.12.0's PPOTrainer.").parse_args()
     torch.set_num_threads(arguments.threads)
     with redirect_stdout(sys.stderr):  # train() prints
         figures = measure(arguments)

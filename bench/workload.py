@@ -1,10 +1,13 @@
 """The work that both sides of a comparison do: prompts, response lengths and a small model, the same from one seed.
 
-Needs torch alone, so that it runs in the peer's environment too.
+And what both are asked and tell. Needs torch alone, so that it runs in the peer's environment too.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,3 +72,42 @@ def force_lengths(logits: Tensor, step: int, lengths: Tensor | None, end_token: 
         forced[last] = -torch.inf
         forced[last, end_token] = 0
     return forced
+
+
+def timing_options(description: str) -> argparse.ArgumentParser:
+    """What is timed: models, sizes, how often."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, default=Path("data/models/sft"))
+    parser.add_argument("--reward", type=Path, default=Path("data/models/reward"))
+    parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape, no folders")
+    parser.add_argument("--batch", type=int, default=16, help="episodes an update")
+    parser.add_argument("--micro-batch", type=int, default=16, help="episodes a forward pass in training")
+    parser.add_argument("--prompt-length", type=int, default=24)
+    parser.add_argument("--response-length", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=1, help="updates before those that count")
+    parser.add_argument("--updates", type=int, default=2, help="updates that count")
+    parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=3e-6)
+    parser.add_argument("--seed", type=int, default=1)
+    return parser
+
+
+def learning_options(description: str | None) -> argparse.ArgumentParser:
+    """What is learned (bench/time_to_reward.py)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("work", type=Path, help="JSON: models, prompts, settings")
+    parser.add_argument("out", type=Path, help="JSON Lines: seconds of training, episodes, answers")
+    parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--budget", type=float, required=True, help="seconds of training")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def peak_rss_bytes() -> int:
+    """Of this process: VmHWM, as getrusage's ru_maxrss would start from what the parent had."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
