@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tasks.models import Branch, Trunk, causal_mask, device_of, left_padded, positions_of, shared_prompt_mask
+from tasks.ppo.decoding import Decoder
 
 ROWS_AT_ONCE = 16  # episodes in a forward pass without gradients
 COMPACT_BELOW = 0.7  # share of unfinished rows under which copying the cache costs less than carrying finished rows
@@ -137,12 +138,13 @@ def generate(
     states[:, :width] = prompt_states[copies]
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
 
+    through_trunk, through_branch = Decoder(trunk, batch), Decoder(branch, batch)
     rows = torch.arange(batch, device=device)  # the rows that the cache and `final` hold
     alive = torch.ones(batch, dtype=torch.bool, device=device)  # which of them are still being written
     for step in range(max_new_tokens):
         here = width + step
         draws = None if uniforms is None else uniforms[rows, step]
-        chosen, logprob = sample_tokens(branch.head(final).float(), draws, temperature, top_p)
+        chosen, logprob = sample_tokens(through_branch.head(final).float(), draws, temperature, top_p)
         chosen = torch.where(alive, chosen, pad_token)
         tokens[rows, here] = chosen
         mask[rows, here] = alive
@@ -152,12 +154,13 @@ def generate(
 
         attention = mask[rows, None, None, : here + 1]
         positions = mask[rows, : here + 1].sum(-1, keepdim=True) - 1
-        state = trunk(chosen[:, None], attention, positions, cache)
-        states[rows, here] = state[:, 0]
+        state = through_trunk(chosen, attention, positions, cache)
+        states[rows, here] = state
         if not alive.any() or here + 1 == total:
             break
-        final = branch(state, attention, positions, cache)[:, 0]
-        if alive.float().mean() < COMPACT_BELOW:
+        final = through_branch(state, attention, positions, cache)
+        # packed weights are for one number of rows, and few enough that finished ones cost next to nothing
+        if not through_branch.packed and alive.float().mean() < COMPACT_BELOW:
             kept = alive.nonzero()[:, 0]
             cache.batch_select_indices(kept)
             rows, alive, final = rows[kept], alive[kept], final[kept]
