@@ -32,6 +32,7 @@ class Batch(NamedTuple):
     values: Tensor  # (B, R) before the update
     advantages: Tensor  # (B, R) whitened where asked for
     returns: Tensor  # (B, R)
+    own_values: Tensor | None = None  # (b, R) of this process with gradients, where the first step takes all of them
 
 
 def describe(batch: Batch) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """One token a row through a model's blocks, after what a cache holds of the rows.
 
 Where a block is transformers' Llama block, its arithmetic is done here in half as many operations; and where the rows
-are few, on a CPU, with weights that MKL packed beforehand: otherwise it packs them anew for each product, which costs
-as much as the product. Other blocks, and reduced precision, go through transformers' modules.
+are few, on a CPU, a frozen trunk's products take weights that MKL packed beforehand: otherwise it packs them anew for
+each product. Other blocks, and reduced precision, go through transformers' modules.
 """
 
 from __future__ import annotations
@@ -104,23 +104,23 @@ class _Packed(NamedTuple):
     weight: Tensor
 
 
-# What was packed is kept: a frozen weight is packed once, and a trained one into memory that is in place already.
-_PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+_PACKED: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()  # once, for all updates
 
 
 def _can_pack(backbone: Any, rows: int) -> bool:
+    """Frozen weights alone: a trained one would be packed anew for each update, which costs what it saves."""
     weight = next(backbone.parameters())
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return 1 < rows <= PACKED_ROWS and on_cpu and torch.backends.mkl.is_available()
+    return 1 < rows <= PACKED_ROWS and on_cpu and not weight.requires_grad and torch.backends.mkl.is_available()
 
 
 def _packed(module: Any, rows: int) -> Linear:
     """The module as a function of states (rows, H): the same product."""
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear or module.weight.requires_grad:
         return module  # type: ignore[no-any-return]
-    weight, bias = module.weight.detach(), module.bias
+    weight, bias = module.weight, module.bias
     known = _PACKED.get(module)
-    if known is None or known.rows != rows or known.version != weight._version or module.weight.requires_grad:
+    if known is None or (known.rows, known.version) != (rows, weight._version):
         known = _Packed(rows, weight._version, torch.ops.mkl._mkl_reorder_linear_weight(weight, rows))
         _PACKED[module] = known
     packed = known.weight

@@ -160,7 +160,7 @@ def generate(
             break
         final = through_branch(state, attention, positions, cache)
         # packed weights are for one number of rows, and few enough that finished ones cost next to nothing
-        if not through_branch.packed and alive.float().mean() < COMPACT_BELOW:
+        if not through_trunk.packed and alive.float().mean() < COMPACT_BELOW:
             kept = alive.nonzero()[:, 0]
             cache.batch_select_indices(kept)
             rows, alive, final = rows[kept], alive[kept], final[kept]

@@ -163,6 +163,7 @@ class PPOTrainer:
                 for _ in range(self.params.epochs):
                     for rows in self.minibatches(shuffle):
                         figures.append(self.train_minibatch(batch, rows))
+                        batch = batch._replace(own_values=None)  # their gradients are used up
             except NotFinite as error:
                 self.watch.stop(f"update {self.update + 1}: {error}")
         return mean_of(figures)
@@ -228,14 +229,16 @@ class PPOTrainer:
         )
         return self.with_advantages(batch)
 
-    @torch.no_grad()
     def with_advantages(self, batch: Batch) -> Batch:
         """The batch with rewards, values, advantages and returns as the value model now has them."""
         params, mask = self.params, batch.mask
-        with self._autocast():
-            values = self.processes.together(
-                torch.cat([self.roles.value.of_states(part) for part in batch.rollout.chunks()])
-            )
+        own_values = None
+        with self._autocast(), torch.set_grad_enabled(self._first_step_takes_all(batch)):
+            if torch.is_grad_enabled():
+                values = own_values = self.roles.value.of_states(batch.rollout)
+            else:
+                values = torch.cat([self.roles.value.of_states(part) for part in batch.rollout.chunks()])
+        values = self.processes.together(values.detach())
         kl = token_kl(batch.logprobs, batch.ref_logprobs, mask, params.kl_estimator)
         rewards = token_rewards(batch.shaped, kl, mask, self.kl_controller.coefficient)
         if params.whiten_rewards:
@@ -243,7 +246,16 @@ class PPOTrainer:
         advantages, returns = gae(rewards, values, mask, params.gamma, params.gae_lambda)
         if params.whiten_advantages:
             advantages = whiten(advantages, mask)
-        return batch._replace(rewards=rewards, values=values, advantages=advantages, returns=returns)
+        return batch._replace(
+            rewards=rewards, values=values, advantages=advantages, returns=returns, own_values=own_values
+        )
+
+    def _first_step_takes_all(self, batch: Batch) -> bool:
+        """Whether it needs the very values that advantages are made from, so that one forward pass serves both."""
+        params, own = self.params, len(batch.rollout.tokens)
+        warms_up = self.update == 0 and params.value_warmup_epochs > 0
+        whole = params.minibatch_size == params.batch_size and own <= params.micro_batch_size
+        return whole and not warms_up and self.roles.value.model is not None
 
     def minibatches(self, shuffle: torch.Generator) -> Iterator[Tensor]:
         """Row numbers of an epoch's minibatches. The samples of one prompt stay together: they share its forward."""
@@ -259,6 +271,9 @@ class PPOTrainer:
         totals: dict[str, float] = defaultdict(float)
         for part in self._micro_batches(batch, rows):
             episodes, here = batch.rollout.rows(part), part + batch.first
+            if self.value_learner is not None:
+                value = self._value_loss(batch, part, count)
+                (params.value_coef * value).backward()
             with self._autocast():
                 final = final_states(self.roles.policy, episodes)
                 policy = policy_loss(
@@ -273,10 +288,7 @@ class PPOTrainer:
                 value = self._value_loss(batch, part, count, final)
                 (policy.loss + params.value_coef * value).backward()
             else:
-                del final
                 policy.loss.backward()
-                value = self._value_loss(batch, part, count)
-                (params.value_coef * value).backward()
             for name, figure in {**policy._asdict(), "value_loss": value}.items():
                 totals["policy_loss" if name == "loss" else name] += figure.item()
         if params.ptx_coef:
@@ -442,7 +454,7 @@ class PPOTrainer:
             if self.roles.value.model is None and not policy_learns:
                 with torch.no_grad():
                     final = final_states(self.roles.policy, episodes)
-            values = self.roles.value.of_states(episodes, final)
+            values = self.roles.value.of_states(episodes, final) if batch.own_values is None else batch.own_values[rows]
         return value_loss(
             values,
             batch.values[here],

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import Cache
 
-from tasks.models import causal_mask, load_language_model, positions_of, split_model
+from tasks.models import Branch, Trunk, causal_mask, load_language_model, positions_of, split_model
 from tasks.ppo import decoding
 from tasks.ppo.decoding import PACKED_ROWS, Decoder
 from tasks.ppo.rollout import PreallocatedLayer, Rollout, generate
@@ -62,10 +62,8 @@ def stepwise(model: Any, depth: int | None) -> tuple[Tensor, Decoder]:
 
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.skipif(not MKL, reason="no MKL"))])
 @pytest.mark.parametrize("depth", [None, 0, 1, 2])
-def test_states_and_logits_are_transformers_own(
-    model: Any, depth: int | None, packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoding, "PACKED_ROWS", PACKED_ROWS if packed else 0)
+def test_states_and_logits_are_transformers_own(model: Any, depth: int | None, packed: bool) -> None:
+    model.requires_grad_(not packed)
     states, decoder = stepwise(model, depth)
     assert not decoder.plain
     assert decoder.packed == packed
@@ -92,7 +90,7 @@ class TestPacked:
     @torch.no_grad()
     def test_the_product_is_torchs(self, rows: int, bias: bool) -> None:
         torch.manual_seed(0)
-        linear = nn.Linear(576, 192, bias=bias)
+        linear = nn.Linear(576, 192, bias=bias).requires_grad_(False)
         states = torch.randn(rows, 576)
         assert_close(decoding._packed(linear, rows)(states), linear(states), rtol=0, atol=1e-6)
         # and of another number of rows than it was packed for
@@ -110,33 +108,38 @@ class TestPacked:
         assert torch.equal(decoding._packed(linear, 3)(states), linear(states))
         assert decoding._PACKED[linear] is not first
 
-    def test_generation_follows_an_optimizers_step(self, model: Any) -> None:
-        """As without packed weights, before and after; on a fused step too, which changes weights behind Python."""
+    def test_a_trained_weight_is_not_packed(self) -> None:
+        linear = nn.Linear(8, 4)
+        assert decoding._packed(linear, 3) is linear
+        assert linear not in decoding._PACKED
 
-        def logprobs(rows: int) -> Tensor:
-            uniforms = torch.linspace(0.05, 0.95, rows * 6).view(rows, 6)
-            prompts = [[5, 6, 7]] * rows
-            return generate(
-                *split_model(model, 1), prompts, uniforms, max_new_tokens=6, end_token=2, pad_token=0
-            ).logprobs
-
-        model.requires_grad_(True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
-        seen = [logprobs(4)]
-        model(input_ids=TOKENS).logits.square().mean().backward()
-        optimizer.step()
-        seen.append(logprobs(4))
+    @torch.no_grad()
+    def test_generation_follows_new_weights_in_a_frozen_trunk(self, model: Any) -> None:
+        """As without packed weights, before and after."""
+        parts = split_model(model, 1)
+        seen = []
+        for change in (1, 1.5):
+            model.model.layers[0].mlp.up_proj.weight.mul_(change)
+            found = [generate_six(parts)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(decoding, "PACKED_ROWS", 0)
+                found.append(generate_six(parts))
+            assert_close(found[0], found[1], rtol=0, atol=1e-5)
+            seen.append(found[0])
         assert not torch.allclose(seen[0], seen[1])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding, "PACKED_ROWS", 0)
-            assert_close(seen[1], logprobs(4), rtol=0, atol=1e-5)
 
     def test_what_was_packed_goes_with_its_module(self) -> None:
-        linear = nn.Linear(8, 4)
+        linear = nn.Linear(8, 4).requires_grad_(False)
         decoding._packed(linear, 3)
         count = len(decoding._PACKED)
         del linear
         assert len(decoding._PACKED) == count - 1
+
+
+def generate_six(parts: tuple[Trunk, Branch]) -> Tensor:
+    """The log-probabilities of six tokens in four rows."""
+    uniforms = torch.linspace(0.05, 0.95, 24).view(4, 6)
+    return generate(*parts, [[5, 6, 7]] * 4, uniforms, max_new_tokens=6, end_token=2, pad_token=0).logprobs
 
 
 def test_more_rows_than_are_packed_for_are_dropped_when_finished(model: Any) -> None:

@@ -359,3 +359,34 @@ def test_bf16_is_near_fp32_and_leaves_the_weights_in_fp32(folders: Folders) -> N
     history = list(trained)
     assert all(math.isfinite(value) for row in history for value in row.values())
     assert all(weight.dtype == torch.float32 for weight in trained_weights(trained))
+
+
+@pytest.mark.parametrize("warm_up", [0, 1])
+def test_a_first_step_over_the_whole_batch_runs_the_value_model_once_and_learns_the_same(
+    folders: Folders, warm_up: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "minibatch_size": 16,
+        "epochs": 3,
+        "value_warmup_epochs": warm_up,
+        "whiten_rewards": True,
+    }
+    seen, after = [], []
+    for size in (16, 8):
+        trainer = make_trainer(folders, micro_batch_size=size, **options)
+        passes = 0
+
+        def count(*arguments: Any, of_states: Any = trainer.roles.value.of_states) -> Any:
+            nonlocal passes
+            passes += 1
+            return of_states(*arguments)
+
+        monkeypatch.setattr(trainer.roles.value, "of_states", count)
+        history = [without_times(row) for row in trainer]
+        seen.append(passes)
+        after.append((history, trained_weights(trainer)))
+    # two updates: one pass for the advantages, and in three epochs two or, in halves, six; the warm-up adds its own
+    assert seen == [2 * (1 + 2) + warm_up * 3, 2 * (1 + 6) + warm_up * 3]
+    for row, expected in zip(after[0][0], after[1][0], strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert_close(after[0][1], after[1][1], rtol=1e-3, atol=1e-4)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def model(name: str) -> Any:
     return built
 
 
-class Ours(NamedTuple):
+@dataclass
+class Ours:
     trainer: PPOTrainer
     batch: Batch
 
@@ -118,6 +120,7 @@ def train(one: Ours, rows: Tensor) -> tuple[dict[str, dict[str, Tensor]], dict[s
 
     hook = one.trainer.policy_learner.optimizer.register_step_pre_hook(keep)
     figures = one.trainer.train_minibatch(one.batch, rows)
+    one.batch = one.batch._replace(own_values=None)  # as `learn` does
     hook.remove()
     return kept, figures
 
