@@ -53,10 +53,13 @@ class Learner:
         """
         for weight in self.weights:
             weight.grad = add_up(torch.zeros_like(weight) if weight.grad is None else weight.grad)
-        norm = float(nn.utils.clip_grad_norm_(self.weights, self.max_grad_norm))
+        total = nn.utils.get_total_norm([weight.grad for weight in self.weights if weight.grad is not None])
+        norm = float(total)
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise NotFinite(f"the gradient's norm is {norm}")
+        if norm > self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.weights, self.max_grad_norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None and self._move_average is not None:

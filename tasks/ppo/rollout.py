@@ -305,10 +305,13 @@ class _ChosenLogprobs(torch.autograd.Function):
         logits = states @ weight.T
         if temperature != 1:
             logits /= temperature
-        total = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, tokens[:, None])[:, 0] - total
+        top = logits.amax(-1, keepdim=True)
+        chosen = (logits.gather(-1, tokens[:, None]) - top)[:, 0]
+        probabilities = logits.sub_(top).exp_()  # up to their sum
+        total = probabilities.sum(-1)
+        logprobs = chosen - total.log()
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(states, weight, tokens, logits.sub_(total[:, None]).exp_())
+            ctx.save_for_backward(states, weight, tokens, probabilities.div_(total[:, None]))
             ctx.temperature = temperature
         return logprobs
 
