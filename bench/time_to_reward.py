@@ -134,37 +134,47 @@ def gold_scores(sets: list[list[list[int]]]) -> list[float]:
 
 
 def table(records: list[dict[str, Any]]) -> Table:
-    """TRL's best score of each seed, when it had it, when we had it."""
+    """TRL's best score of each seed, when it had it, when we had it; and the same for the mean of the seeds' curves,
+    update by update, in which less of the noise of 64 answers is left."""
     shown = Table(title="Time to reward", caption="the gold score that TRL's best rate reaches in its budget")
     for column in ("seed", "trl: rate", "best gold", "after s", "ours: rate", "as good after s", "best gold", "ratio"):
         shown.add_column(column, justify="right")
-    ratios = []
-    for seed in SEEDS:
-        sides = {side: best_run(records, side, seed) for side in ("trl", "ours")}
-        if not all(sides.values()):
-            continue
-        theirs, ours = sides["trl"], sides["ours"]
-        assert theirs
-        assert ours
-        target = max(theirs["curve"], key=lambda point: point["gold"])
-        reached = next((point["seconds"] for point in ours["curve"] if point["gold"] >= target["gold"]), None)
-        if reached:
-            ratios.append(target["seconds"] / reached)
+    best = {side: best_rate(records, side) for side in ("trl", "ours")}
+    curves = {side: {row["seed"]: row["curve"] for row in runs} for side, runs in best.items()}
+    seeds = [seed for seed in SEEDS if all(seed in curves[side] for side in curves)]
+    if not seeds:
+        return shown
+    for name, of in [*((str(seed), [seed]) for seed in seeds), ("mean", seeds)]:
+        theirs, ours = (mean_curve([curves[side][seed] for seed in of]) for side in ("trl", "ours"))
+        target = max(theirs, key=lambda point: point["gold"])
+        reached = next((point["seconds"] for point in ours if point["gold"] >= target["gold"]), None)
         shown.add_row(
-            str(seed),
-            f"{theirs['learning_rate']:g}",
+            name,
+            f"{best['trl'][0]['learning_rate']:g}",
             f"{target['gold']:.3f}",
             f"{target['seconds']:.0f}",
-            f"{ours['learning_rate']:g}",
+            f"{best['ours'][0]['learning_rate']:g}",
             f"{reached:.0f}" if reached else "never",
-            f"{max(point['gold'] for point in ours['curve']):.3f}",
-            f"{ratios[-1]:.1f}x" if reached else "-",
+            f"{max(point['gold'] for point in ours):.3f}",
+            f"{target['seconds'] / reached:.1f}x" if reached else "-",
+            end_section=name == str(seeds[-1]),
         )
-    if ratios:
-        shown.caption = f"{shown.caption}; median ratio {statistics.median(ratios):.1f}x"
     return shown
 
 
-def best_run(records: list[dict[str, Any]], side: str, seed: int) -> dict[str, Any] | None:
-    own = [row for row in records if row["mode"] == side and row["seed"] == seed]
-    return max(own, key=lambda row: max(point["gold"] for point in row["curve"]), default=None)
+def best_rate(records: list[dict[str, Any]], side: str) -> list[dict[str, Any]]:
+    """A side's runs at the rate that was best with the first seed, which all rates were tried with."""
+    own = [row for row in records if row["mode"] == side]
+    first = [row for row in own if row["seed"] == SEEDS[0]]
+    if not first:
+        return []
+    rate = max(first, key=lambda row: max(point["gold"] for point in row["curve"]))["learning_rate"]
+    return [row for row in own if row["learning_rate"] == rate]
+
+
+def mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The mean over runs after each update that all of them reached."""
+    return [
+        {name: statistics.mean(point[name] for point in points) for name in ("seconds", "gold")}
+        for points in zip(*curves, strict=False)
+    ]
