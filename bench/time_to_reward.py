@@ -38,7 +38,7 @@ def run(quick: bool, threads: int, console: Console) -> Iterator[dict[str, Any]]
         rates = RATES[side][1:2] if quick else RATES[side]
         records = {rate: learn(side, rate, SEEDS[0], work, peer, threads, quick, console) for rate in rates}
         yield from records.values()
-        best = max(rates, key=lambda rate: max(point["gold"] for point in records[rate]["curve"]))
+        best = best_rate(list(records.values()), side)[0]["learning_rate"]
         for seed in () if quick else SEEDS[1:]:
             yield learn(side, best, seed, work, peer, threads, quick, console)
 

@@ -232,13 +232,11 @@ class PPOTrainer:
     def with_advantages(self, batch: Batch) -> Batch:
         """The batch with rewards, values, advantages and returns as the value model now has them."""
         params, mask = self.params, batch.mask
-        own_values = None
-        with self._autocast(), torch.set_grad_enabled(self._first_step_takes_all(batch)):
-            if torch.is_grad_enabled():
-                values = own_values = self.roles.value.of_states(batch.rollout)
-            else:
-                values = torch.cat([self.roles.value.of_states(part) for part in batch.rollout.chunks()])
-        values = self.processes.together(values.detach())
+        learns_from_these = self._first_step_takes_all(batch)
+        parts = [batch.rollout] if learns_from_these else batch.rollout.chunks()
+        with self._autocast(), torch.set_grad_enabled(learns_from_these):
+            own_values = torch.cat([self.roles.value.of_states(part) for part in parts])
+        values = self.processes.together(own_values.detach())
         kl = token_kl(batch.logprobs, batch.ref_logprobs, mask, params.kl_estimator)
         rewards = token_rewards(batch.shaped, kl, mask, self.kl_controller.coefficient)
         if params.whiten_rewards:
@@ -247,7 +245,11 @@ class PPOTrainer:
         if params.whiten_advantages:
             advantages = whiten(advantages, mask)
         return batch._replace(
-            rewards=rewards, values=values, advantages=advantages, returns=returns, own_values=own_values
+            rewards=rewards,
+            values=values,
+            advantages=advantages,
+            returns=returns,
+            own_values=own_values if learns_from_these else None,
         )
 
     def _first_step_takes_all(self, batch: Batch) -> bool:
