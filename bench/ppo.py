@@ -2,7 +2,7 @@
 
 Three modes a size: `trl`; `full`, the same maths here, all layers trained; `frozen_trunk`, the top layers trained on a
 frozen trunk. Each runs in a process of its own, one after the other, so that a slow minute of the machine hits all
-three; two updates warm up, two count. `limit_fraction` is the work's floating-point operations, done at the rate at
+three; two updates warm up (one where the batch is 64), two count. `limit_fraction` is the work's floating-point operations, done at the rate at
 which this machine multiplies large matrices, as a share of the time that was taken.
 """
 
@@ -94,7 +94,7 @@ def measure(size: Size, mode: str, threads: int, peer: Path) -> dict[str, Any]:
         "--prompt-length": size.prompt_length,
         "--response-length": size.response_length,
         "--threads": threads,
-        "--warmup": 2,
+        "--warmup": 2 if size.batch < 64 else 1,
         "--updates": 2,
         **({} if mode == "trl" else {"--mode": mode, "--layers": size.layers}),
         **({"--shape": "10M"} if size.model == "Llama-10M" else {"--model": BASE, "--reward": REWARD}),
