@@ -2,8 +2,8 @@
 
 Three modes a size: `trl`; `full`, the same maths here, all layers trained; `frozen_trunk`, the top layers trained on a
 frozen trunk. Each runs in a process of its own, one after the other, so that a slow minute of the machine hits all
-three; two updates warm up (one where the batch is 64), two count. `limit_fraction` is the work's floating-point operations, done at the rate at
-which this machine multiplies large matrices, as a share of the time that was taken.
+three; two updates warm up (one where the batch is 64), two count. `limit_fraction` is the work's floating-point
+operations, done at the rate at which this machine multiplies large matrices, as a share of the time that was taken.
 """
 
 from __future__ import annotations
