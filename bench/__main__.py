@@ -15,7 +15,7 @@ from bench import growth, ppo, time_to_reward
 RESULTS = Path(__file__).parent / "results.json"
 BENCHES: dict[str, Any] = {"ppo": ppo, "time_to_reward": time_to_reward, "growth": growth}
 # what names a measurement: a new one replaces the old
-KEY = ("bench", "model", "batch", "epochs", "ragged", "mode", "vary", "value", "learning_rate", "seed")
+KEY = ("bench", "model", "batch", "epochs", "ragged", "mode", "vary", "value", "learning_rate", "seed", "budget_s")
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
             records.append(record)
             keep(record)
         console.print(BENCHES[name].table(records))
-        if name == "growth":
+        if name == "growth" and not arguments.quick:
             growth.plot(records)
             console.print(f"plot: {growth.PLOT}")
     console.print(f"records: {RESULTS}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.datasets import write_json
-from tasks.models import prepare_tokenizer, save_model, tokenizer_fingerprint
+from tasks.models import context_of, prepare_tokenizer, save_model, split_model, tokenizer_fingerprint
 from tasks.stage import Stage, UserError
 
 if TYPE_CHECKING:
@@ -34,12 +34,13 @@ def run(stage: Stage) -> None:
         if not tokenizer.chat_template:
             raise UserError(f"base.model {params.model} has no chat template; set `base.chat_template` in params.yaml.")
         prepare_tokenizer(model, tokenizer)
+        split_model(model, 0)  # an architecture that later stages would refuse is refused here
         save_model(model, tokenizer, stage.out("data/models/base"))
     figures = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "layers": model.config.num_hidden_layers,
         "vocabulary": model.config.vocab_size,
-        "context": model.config.max_position_embeddings,
+        "context": context_of(model.config),
     }
     stage.tracker.metrics({f"base/{name}": value for name, value in figures.items()})
     report = {**figures, "tokenizer": tokenizer_fingerprint(tokenizer)}

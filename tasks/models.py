@@ -203,8 +203,42 @@ class Branch(nn.Module):
 
 
 def split_model(model: Any, depth: int | None) -> tuple[Trunk, Branch]:
-    """The model as a trunk and a branch that share its weights."""
-    return Trunk(model, depth), Branch(model, depth)
+    """The model as a trunk and a branch that share its weights. UserError where the two together are not the model."""
+    if not hasattr(getattr(model, "model", None), "layers"):
+        raise UserError(f"{type(model).__name__} has no `model.layers`: it cannot be split into trunk and branch.")
+    trunk, branch = Trunk(model, depth), Branch(model, depth)
+    _check_parts(model, trunk, branch)
+    return trunk, branch
+
+
+@torch.no_grad()
+def _check_parts(model: Any, trunk: Trunk, branch: Branch) -> None:
+    """Some architectures do more than their blocks and their head: Gemma and Granite scale the embeddings, Cohere,
+    Granite and Gemma 2 scale or cap the logits. Then log-probabilities would be wrong, and nothing would tell."""
+    pad = model.config.pad_token_id  # a scalar model reads the last token that is none
+    tokens = [token for token in range(min(10, model.config.vocab_size)) if token != pad]
+    ids = torch.tensor([tokens], device=device_of(branch))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    training = model.training
+    model.eval()
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    final = branch(trunk(ids, causal_mask(mask), positions_of(mask)), causal_mask(mask), positions_of(mask))
+    model.train(training)
+    parts = branch.head(final if whole.dim() == 3 else final[:, -1]).float()
+    rounding = 1e-4 if next(branch.parameters()).dtype == torch.float32 else 0.03
+    largest = (whole - parts).abs().max().item()
+    if not largest <= rounding * whole.abs().max().item():
+        raise UserError(
+            f"{type(model).__name__} does more than its blocks, their norm and its head: its logits are off by up to "
+            f"{largest:.3g} without that. Architectures like Llama, Mistral and Qwen work."
+        )
+
+
+def context_of(config: Any) -> int:
+    """How many tokens a sequence may have so that each may look at all before it."""
+    most = getattr(config, "max_position_embeddings", None) or 10**9
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(most, window or most)
 
 
 def shared_depth(one: Any, other: Any, at_most: int | None) -> int | None:

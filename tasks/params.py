@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -148,7 +149,7 @@ class Reward(Section):
 class Ppo(PPOParams):
     """The trainer's own, and what the stage needs beside them. All of them stand in params.yaml."""
 
-    rewards: dict[str, float] = field(default_factory=lambda: {"model": 1.0})
+    rewards: dict[str, FiniteFloat] = field(default_factory=lambda: {"model": 1.0})
     """{what: weight}. `model` is the reward model; `FILE.py:FUNCTION` is (prompts, responses) -> scores, of texts."""
     sample_every: PositiveInt = 4  # updates between tables of sample texts in MLflow
     checkpoint_every: PositiveInt = 2  # updates

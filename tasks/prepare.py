@@ -57,7 +57,9 @@ def read_tickets(folder: Path) -> list[tuple[Path, int, RawTicket]]:
 
 def check_room(text: Text, config: Path) -> None:
     """The model must take the longest prompt and response that the parameters allow."""
-    most = json.loads(config.read_text(encoding="utf-8")).get("max_position_embeddings", math.inf)
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    window = facts.get("sliding_window") if facts.get("use_sliding_window", True) else None
+    most = min(facts.get("max_position_embeddings", math.inf), window or math.inf)
     wanted = text.max_prompt_tokens + text.max_response_tokens + TEMPLATE_TOKENS
     if wanted > most:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tasks.models import context_of
 from tasks.ppo.params import PPOParams
 from tasks.ppo.ptx import Text
 from tasks.stage import UserError
@@ -20,12 +21,34 @@ def special_token(policy: PreTrainedModel, name: str, given: int | None) -> int:
     return token
 
 
+def texts(prompts: Sequence[Any], tokenizer: Any) -> None:
+    """UserError for texts that cannot become tokens, or that a chat template would make look like something."""
+    for place, prompt in enumerate(prompts):
+        if isinstance(prompt, str) and tokenizer is None:
+            raise UserError("prompts are texts: hand in the tokenizer that goes with the policy, or token ids.")
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UserError(f"PPO cannot start: prompt {place} is empty.")
+
+
 def check(*problems: Iterator[str]) -> None:
     """UserError that tells them all, or the first five."""
     found = [problem for some in problems for problem in some]
     if found:
         more = f" (and {len(found) - 5} more)" if len(found) > 5 else ""
         raise UserError("PPO cannot start: " + "; ".join(found[:5]) + more + ".")
+
+
+def of_kinds(policy: PreTrainedModel, reference: Any, scalars: Sequence[Any]) -> Iterator[str]:
+    """Language models have a vocabulary head, and reward and value models give one number."""
+    for name, model in (("policy", policy), ("reference", reference)):
+        if model is not None and not hasattr(model, "lm_head"):
+            yield f"the {name} is a {type(model).__name__}, which is no language model"
+    for model in scalars:
+        if isinstance(model, PreTrainedModel) and getattr(getattr(model, "score", None), "out_features", None) != 1:
+            yield (
+                f"{type(model).__name__} ({model.name_or_path}) cannot be a reward or value model: those are sequence "
+                "classifiers with num_labels=1"
+            )
 
 
 def of_models(policy: PreTrainedModel, others: Sequence[Any]) -> Iterator[str]:
@@ -44,7 +67,7 @@ def of_models(policy: PreTrainedModel, others: Sequence[Any]) -> Iterator[str]:
 def of_prompts(
     policy: PreTrainedModel, prompts: Sequence[list[int]], params: PPOParams, max_new_tokens: int
 ) -> Iterator[str]:
-    context = int(getattr(policy.config, "max_position_embeddings", 0) or 10**9)
+    context = context_of(policy.config)
     if not prompts:
         yield "there are no prompts"
     for place, prompt in enumerate(prompts):

@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def _within(default: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> Any:
-    """A parameter that must be > above, >= least and <= most."""
-    return field(default=default, metadata={"above": above, "least": least, "most": most})
+def _within(
+    default: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A parameter that must be > above, >= least, <= most and < below."""
+    return field(default=default, metadata={"above": above, "least": least, "most": most, "below": below})
 
 
 def _positive(default: Any) -> Any:
@@ -52,7 +60,7 @@ class PPOParams:
     value_learning_rate: float = _positive(3e-6)
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # of both rates, over all optimizer steps
     warmup_share: float = _share(0.0)  # of these steps, from 0 up to the rate
-    adam_betas: tuple[float, float] = _share((0.9, 0.95))
+    adam_betas: tuple[float, float] = _within((0.9, 0.95), least=0, below=1)
     adam_eps: float = _positive(1e-8)
     max_grad_norm: float = _positive(1.0)
     value_warmup_epochs: int = _not_negative(0)  # over the first episodes, before the policy moves
@@ -91,9 +99,14 @@ class PPOParams:
     patience: int | None = _positive(None)  # evaluations without a better held-out score
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        given = [(one, getattr(self, one.name)) for one in fields(self)]
         wrong = [
-            text for one in fields(self) for text in _out_of_range(one.name, getattr(self, one.name), one.metadata)
+            f"{one.name} is {value!r}, and must be {_told(hints[one.name])}"
+            for one, value in given
+            if not _fits(value, hints[one.name])
         ]
+        wrong = wrong or [text for one, value in given for text in _out_of_range(one.name, value, one.metadata)]
         wrong = wrong or list(self._misfits())
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -114,6 +127,37 @@ class PPOParams:
         return wrong
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a type: numbers, texts, None, choices, and tuples and dictionaries of them."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _fits(value, parts[0])
+    if kind is Literal:
+        return value in parts
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float if hint is float else kind or hint)
+
+
+def _told(hint: Any) -> str:
+    """A type in words: "one of k1, k3", "a number or None"."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _told(parts[0])
+    if kind is Literal:
+        return " or ".join(map(repr, parts)) if len(parts) < 2 else "one of " + ", ".join(map(repr, parts))
+    if kind in (Union, UnionType):
+        return " or ".join(map(_told, parts))
+    if kind is tuple:
+        return f"{len(parts)} values, each {_told(parts[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "None"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
 def _out_of_range(name: str, value: Any, limits: Any) -> list[str]:
     wrong = []
     for number in value if isinstance(value, tuple) else (value,):
@@ -127,4 +171,6 @@ def _out_of_range(name: str, value: Any, limits: Any) -> list[str]:
             wrong.append(f"{name} is {number}, and must be at least {limits['least']}")
         elif limits.get("most") is not None and number > limits["most"]:
             wrong.append(f"{name} is {number}, and must be at most {limits['most']}")
+        elif limits.get("below") is not None and not number < limits["below"]:
+            wrong.append(f"{name} is {number}, and must be below {limits['below']}")
     return wrong

@@ -73,11 +73,13 @@ class PPOTrainer:
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.end_token = checks.special_token(policy, "eos_token_id", end_token)
         self.pad_token = checks.special_token(policy, "pad_token_id", pad_token)
+        checks.texts(prompts, tokenizer)
         self.prompt_texts = list(prompts)
         self.prompts = [encode_prompt(tokenizer, one) if isinstance(one, str) else list(one) for one in prompts]
         self.pretraining = list(pretraining)
         rewards = weighted(reward_fn)
         checks.check(
+            checks.of_kinds(policy, reference, [value_model, *(one for one, _ in rewards)]),
             checks.of_models(policy, [reference, value_model, *(one for one, _ in rewards)]),
             checks.of_prompts(policy, self.prompts, params, max_new_tokens),
             checks.of_params(
@@ -154,18 +156,18 @@ class PPOTrainer:
 
     def learn(self, batch: Batch, shuffle: torch.Generator) -> dict[str, float]:
         """The optimizer steps of one update; the metrics are means over them."""
-        if self.update == 0 and self.params.value_warmup_epochs:
-            with self._timed("value_warmup"):
-                batch = self.warm_up_value(batch, shuffle)
         figures = []
-        with self._timed("train"):
-            try:
+        try:
+            if self.update == 0 and self.params.value_warmup_epochs:
+                with self._timed("value_warmup"):
+                    batch = self.warm_up_value(batch, shuffle)
+            with self._timed("train"):
                 for _ in range(self.params.epochs):
                     for rows in self.minibatches(shuffle):
                         figures.append(self.train_minibatch(batch, rows))
                         batch = batch._replace(own_values=None)  # their gradients are used up
-            except NotFinite as error:
-                self.watch.stop(f"update {self.update + 1}: {error}")
+        except NotFinite as error:
+            self.watch.stop(f"update {self.update + 1}: {error}")
         return mean_of(figures)
 
     def sample(self, update: int) -> tuple[Rollout, list[int]]:

@@ -27,6 +27,14 @@ from tests.tasks.ppo.toy import END, PROMPTS, SETTINGS, Folders, liked, make_tra
         ({"gamma": 1.5}, "gamma is 1.5, and must be at most 1"),
         ({"adam_betas": (0.9, -0.1)}, "adam_betas is -0.1, and must be at least 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf, not a finite number"),
+        ({"adam_betas": (0.9, 1.0)}, "adam_betas is 1.0, and must be below 1"),
+        ({"kl_estimator": "k2"}, "kl_estimator is 'k2', and must be one of 'k1', 'k3'"),
+        ({"precision": "fp16"}, "precision is 'fp16', and must be one of 'fp32', 'bf16'"),
+        ({"updates": 2.5}, "updates is 2.5, and must be a whole number"),
+        ({"epochs": True}, "epochs is True, and must be a whole number"),
+        ({"trainable_layers": "8"}, "trainable_layers is '8', and must be 'all' or a whole number"),
+        ({"kl_limit": "40"}, "kl_limit is '40', and must be a number or None"),
+        ({"adam_betas": 0.9}, "adam_betas is 0.9, and must be 2 values, each a number"),
         ({"ema_decay": 0.0}, "ema_decay is 0.0, and must be above 0"),
         ({"kl_target": -1.0}, "kl_target is -1.0, and must be above 0"),
         ({"batch_size": 10, "samples_per_prompt": 4, "minibatch_size": 4}, "batch_size 10 is not a multiple of"),
@@ -129,6 +137,77 @@ def test_a_model_without_blocks_to_split(folders: Folders) -> None:
     )
     with pytest.raises(UserError, match=r"GPT2LMHeadModel has no `model\.layers`"):
         PPOTrainer(gpt2, None, liked, None, PROMPTS, PPOParams(**{**SETTINGS, "value": "head"}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("Granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+        ("Cohere", {"logit_scale": 0.5}),
+        ("Gemma2", {"final_logit_softcapping": 1.0, "head_dim": 16}),
+    ],
+)
+@pytest.mark.parametrize("layers", [1, "all"])
+def test_an_architecture_that_does_more_than_its_parts(kind: str, more: dict[str, Any], layers: Any) -> None:
+    """Its log-probabilities would be wrong without a word."""
+    policy = small(kind, **more)
+    with pytest.raises(UserError, match=f"{kind}ForCausalLM does more than its blocks"):
+        PPOTrainer(policy, None, liked, None, PROMPTS, PPOParams(value="head", trainable_layers=layers))
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3", "Olmo2"])
+@pytest.mark.parametrize("layers", [1, "all"])
+def test_architectures_that_work(kind: str, layers: Any) -> None:
+    PPOTrainer(small(kind), None, liked, None, PROMPTS, PPOParams(value="head", trainable_layers=layers))
+
+
+def test_a_window_that_slides_is_the_context() -> None:
+    policy = small("Mistral", sliding_window=40)
+    with pytest.raises(UserError, match="more than the model's context of 40"):
+        PPOTrainer(policy, None, liked, None, PROMPTS, PPOParams(value="head"), max_new_tokens=40)
+    PPOTrainer(policy, None, liked, None, PROMPTS, PPOParams(value="head"), max_new_tokens=20)
+
+
+def small(kind: str, **more: Any) -> Any:
+    import transformers
+
+    size = {
+        "vocab_size": 330,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**size | more))
+
+
+def test_models_of_the_wrong_kind(folders: Folders) -> None:
+    language, scalar = load_language_model(folders.sft), load_scalar_model(folders.reward)
+    params = PPOParams(**SETTINGS)
+    for policy, reference, reward, value, message in (
+        (scalar, None, liked, scalar, "the policy is a LlamaForSequenceClassification, which is no language model"),
+        (language, scalar, liked, scalar, "the reference is a LlamaForSequenceClassification"),
+        (language, None, language, scalar, r"LlamaForCausalLM \(.*\) cannot be a reward or value model"),
+        (language, None, liked, language, r"LlamaForCausalLM \(.*\) cannot be a reward or value model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            PPOTrainer(policy, reference, reward, value, PROMPTS, params)
+
+
+def test_texts_that_cannot_become_prompts(folders: Folders) -> None:
+    params = PPOParams(**{**SETTINGS, "value": "head"})
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        PPOTrainer(
+            load_language_model(folders.sft), None, liked, None, ["hello", " "], params,
+            tokenizer=load_tokenizer(folders.sft),
+        )  # fmt: skip
+    with pytest.raises(UserError, match="hand in the tokenizer"):
+        PPOTrainer(load_language_model(folders.sft), None, liked, None, ["hello"], params)
 
 
 def test_a_policy_that_has_no_one_end_token(folders: Folders) -> None:

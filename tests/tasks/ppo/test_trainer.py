@@ -210,6 +210,15 @@ def test_value_warm_up_changes_the_value_model_alone(folders: Folders) -> None:
     assert torch.equal(warm.scores, batch.scores)
 
 
+def test_a_value_warm_up_that_blows_up_stops_training(folders: Folders) -> None:
+    trainer = make_trainer(folders, value_warmup_epochs=4, value_learning_rate=1e30)
+    policy = weights(trainer.roles.policy)
+    list(trainer)
+    assert trainer.watch.stopped is not None
+    assert trainer.watch.stopped.startswith("update 1: ")
+    assert all(torch.equal(weight, policy[name]) for name, weight in trainer.roles.policy.named_parameters())
+
+
 def test_value_warm_up_is_at_the_full_rate(folders: Folders) -> None:
     """The schedule, here still at 0, is that of the policy's steps; the warm-up hands it back as it was."""
     trainer = make_trainer(folders, value_warmup_epochs=1, warmup_share=0.5)
