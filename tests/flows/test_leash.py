@@ -63,7 +63,7 @@ def test_killed_starter_leaves_nothing_even_in_another_session(tmp_path: Path) -
     child = _child(tmp_path)
     starter.kill()
     starter.wait()
-    assert wait_until(lambda: _gone(child), 10)
+    assert wait_until(lambda: _gone(child))
 
 
 def test_what_the_command_leaves_behind_is_ended(tmp_path: Path) -> None:

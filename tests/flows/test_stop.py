@@ -43,8 +43,8 @@ def test_no_orphan_and_the_next_run_goes_on(
     assert len(toy.processes()) >= 5  # flow, server, its leash, the stage's leash, dvc, stage
 
     flow.send_signal(how)
-    output, _ = flow.communicate(timeout=30)
-    assert wait_until(lambda: not toy.processes(), 10), toy.processes()
+    output, _ = flow.communicate(timeout=120)
+    assert wait_until(lambda: not toy.processes(), 60), toy.processes()
     assert flow.returncode == code
     assert "Traceback" not in output
     assert _locked(toy) == {"left"}

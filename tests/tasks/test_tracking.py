@@ -167,7 +167,7 @@ def test_down_then_up_then_replayed_twice(
     monkeypatch.setenv("RLHF_PIPELINE_ID", "down-then-up")
     started = time.monotonic()
     log_a_stage(params)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     said = capfd.readouterr().err
     assert said.count("warning: MLflow at http://***@127.0.0.1") == 1
     assert "python -m tasks.tracking replay" in said
@@ -271,7 +271,7 @@ def test_the_flow_is_not_held_up_where_mlflow_is_down(
     assert tracking.link_cached("p", SPEC, {"data/models/sft": "x"}) == ""
     assert tracking.stage_run_url("p", "sft") == ""
     tracking.close_pipeline("p", "FINISHED")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert capfd.readouterr().err.count("warning:") == 1
 
 
