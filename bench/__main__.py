@@ -10,12 +10,25 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import growth, ppo, time_to_reward
+from bench import growth, ppo, shares, time_to_reward
 
 RESULTS = Path(__file__).parent / "results.json"
-BENCHES: dict[str, Any] = {"ppo": ppo, "time_to_reward": time_to_reward, "growth": growth}
+BENCHES: dict[str, Any] = {"ppo": ppo, "shares": shares, "time_to_reward": time_to_reward, "growth": growth}
 # what names a measurement: a new one replaces the old
-KEY = ("bench", "model", "batch", "epochs", "ragged", "mode", "vary", "value", "learning_rate", "seed", "budget_s")
+KEY = (
+    "bench",
+    "model",
+    "batch",
+    "epochs",
+    "ragged",
+    "mode",
+    "vary",
+    "value",
+    "learning_rate",
+    "seed",
+    "budget_s",
+    "trainable_layers",
+)
 
 
 def main() -> None:

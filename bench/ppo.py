@@ -1,9 +1,10 @@
 """PPO's speed and memory beside trl 1.12.0's: the same models, prompts, response lengths and batches on both sides.
 
 Three modes a size: `trl`; `full`, the same maths here, all layers trained; `frozen_trunk`, the top layers trained on a
-frozen trunk. Each runs in a process of its own, one after the other, so that a slow minute of the machine hits all
-three; two updates warm up (one where the batch is 64), two count. `limit_fraction` is the work's floating-point
-operations, done at the rate at which this machine multiplies large matrices, as a share of the time that was taken.
+frozen trunk. With QUICK a fourth: `trl_tuned`, TRL with the settings of memory and threads that our stages make. Each
+runs in a process of its own, one after the other, so that a slow minute of the machine hits all; two updates warm up
+(one where the batch is 64), two count. `limit_fraction` is the work's floating-point operations, done at the rate at
+which this machine multiplies large matrices, as a share of the time that was taken.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -23,6 +25,13 @@ from bench.peer import peer_python
 from bench.workload import model_config
 
 MODES = ("trl", "full", "frozen_trunk")
+# what tasks.run.tune_process sets for our side: QUICK measures TRL with it, too
+TUNED = {
+    "GOMP_SPINCOUNT": "10000",
+    "MKL_CBWR": "AUTO",
+    "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
 ROOT = Path(__file__).parent.parent
 BASE, REWARD = ROOT / "data/models/base", Path(__file__).parent / ".models/reward"
 
@@ -56,7 +65,7 @@ def run(quick: bool, threads: int, console: Console) -> Iterator[dict[str, Any]]
     for size in sizes(quick):
         rate = matmul_rate(threads)
         found = {}
-        for mode in MODES:
+        for mode in (*MODES, "trl_tuned") if quick else MODES:
             console.print(f"[dim]{describe(size)}: {mode} ...[/]")
             found[mode] = measure(size, mode, threads, python)
         for mode, figures in found.items():
@@ -87,7 +96,8 @@ def run(quick: bool, threads: int, console: Console) -> Iterator[dict[str, Any]]
 
 def measure(size: Size, mode: str, threads: int, peer: Path) -> dict[str, Any]:
     """One side's line of JSON (bench/trl_side.py, bench/ours_side.py)."""
-    command = [str(peer), "bench/trl_side.py"] if mode == "trl" else [sys.executable, "-m", "bench.ours_side"]
+    theirs = mode.startswith("trl")
+    command = [str(peer), "bench/trl_side.py"] if theirs else [sys.executable, "-m", "bench.ours_side"]
     options = {
         "--batch": size.batch,
         "--epochs": size.epochs,
@@ -96,17 +106,19 @@ def measure(size: Size, mode: str, threads: int, peer: Path) -> dict[str, Any]:
         "--threads": threads,
         "--warmup": 2 if size.batch < 64 else 1,
         "--updates": 2,
-        **({} if mode == "trl" else {"--mode": mode, "--layers": size.layers}),
+        **({} if theirs else {"--mode": mode, "--layers": size.layers}),
         **({"--shape": "10M"} if size.model == "Llama-10M" else {"--model": BASE, "--reward": REWARD}),
     }
     command += [str(part) for pair in options.items() for part in pair]
     command += ["--ragged"] * size.ragged
-    return line_of(command)
+    return line_of(command, TUNED if mode == "trl_tuned" else {})
 
 
-def line_of(command: list[str]) -> dict[str, Any]:
+def line_of(command: list[str], environment: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
     """The JSON that a side prints last."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -192,7 +204,7 @@ def table(records: list[dict[str, Any]]) -> Table:
             f"{row['limit_fraction']:.0%}",
             f"{row['ratio_to_trl']:.2f}x",
             f"{row['memory_to_trl']:.2f}x",
-            end_section=row["mode"] == MODES[-1],
+            end_section=row["mode"] in (MODES[-1], "trl_tuned"),
         )
     return shown
 
