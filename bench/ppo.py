@@ -1,10 +1,10 @@
 """PPO's speed and memory beside trl 1.12.0's: the same models, prompts, response lengths and batches on both sides.
 
 Three modes a size: `trl`; `full`, the same maths here, all layers trained; `frozen_trunk`, the top layers trained on a
-frozen trunk. With QUICK a fourth: `trl_tuned`, TRL with the settings of memory and threads that our stages make. Each
-runs in a process of its own, one after the other, so that a slow minute of the machine hits all; two updates warm up
-(one where the batch is 64), two count. `limit_fraction` is the work's floating-point operations, done at the rate at
-which this machine multiplies large matrices, as a share of the time that was taken.
+frozen trunk. With QUICK, at one epoch, a fourth: `trl_tuned`, TRL with the settings of memory and threads that our
+stages make. Each runs in a process of its own, one after the other, so that a slow minute of the machine hits all; two
+updates warm up (one where the batch is 64), two count. `limit_fraction` is the work's floating-point operations, done
+at the rate at which this machine multiplies large matrices, as a share of the time that was taken.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(quick: bool, threads: int, console: Console) -> Iterator[dict[str, Any]]
     for size in sizes(quick):
         rate = matmul_rate(threads)
         found = {}
-        for mode in (*MODES, "trl_tuned") if quick else MODES:
+        for mode in (*MODES, "trl_tuned") if quick and size.epochs == 1 else MODES:
             console.print(f"[dim]{describe(size)}: {mode} ...[/]")
             found[mode] = measure(size, mode, threads, python)
         for mode, figures in found.items():

@@ -5,7 +5,6 @@ it 1.25 times as fast."""
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.ppo import BASE, ROOT, make_models, matmul_rate
+from bench.ppo import BASE, line_of, make_models, matmul_rate
 
 EPISODES, PROMPT, RESPONSE = 16, 24, 32
 LAYERS = ("all", 6)
@@ -26,8 +25,7 @@ def run(quick: bool, threads: int, console: Console) -> Iterator[dict[str, Any]]
     for layers in LAYERS:
         console.print(f"[dim]shares: {layers} layers ...[/]")
         command = [sys.executable, "-m", "bench.shares", str(layers), str(threads)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        measured = json.loads(done.stdout.splitlines()[-1])
+        measured = line_of(command)
         yield {
             "bench": "shares",
             "model": "SmolLM2-135M",

@@ -2,9 +2,9 @@
 
 Both sides train from the same SFT model, against the same reward model, with the same search over learning rates, a
 factor of three apart (TRL's has one more, for its best of three was the highest); the best rate then runs with more
-seeds. After each update 64 held-out prompts are answered, off the clock. The target is the
-gold score that TRL's best rate reaches within the budget, a seed at a time: the ratio is the time that it took over the
-time that we took to reach the same.
+seeds. After each update 64 held-out prompts are answered, off the clock. The target is the gold score that TRL's best
+rate reaches within the budget, a seed at a time: the ratio is the time that it took over the time that we took to reach
+the same.
 """
 
 from __future__ import annotations

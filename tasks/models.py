@@ -222,7 +222,8 @@ def _check_parts(model: Any, trunk: Trunk, branch: Branch) -> None:
     training = model.training
     model.eval()
     whole = model(input_ids=ids, use_cache=False).logits.float()
-    final = branch(trunk(ids, causal_mask(mask), positions_of(mask)), causal_mask(mask), positions_of(mask))
+    sight = causal_mask(mask), positions_of(mask)
+    final = branch(trunk(ids, *sight), *sight)
     model.train(training)
     parts = branch.head(final if whole.dim() == 3 else final[:, -1]).float()
     rounding = 1e-4 if next(branch.parameters()).dtype == torch.float32 else 0.03

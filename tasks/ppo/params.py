@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def _within(
@@ -130,8 +130,6 @@ class PPOParams:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value has a type: numbers, texts, None, choices, and tuples and dictionaries of them."""
     kind, parts = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return _fits(value, parts[0])
     if kind is Literal:
         return value in parts
     if kind in (Union, UnionType):
@@ -144,12 +142,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _told(hint: Any) -> str:
-    """A type in words: "one of k1, k3", "a number or None"."""
+    """A type in words, such as "a number or None"."""
     kind, parts = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return _told(parts[0])
     if kind is Literal:
-        return " or ".join(map(repr, parts)) if len(parts) < 2 else "one of " + ", ".join(map(repr, parts))
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(repr, parts))
     if kind in (Union, UnionType):
         return " or ".join(map(_told, parts))
     if kind is tuple:

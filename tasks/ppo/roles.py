@@ -83,7 +83,7 @@ def assign_roles(
         return RewardModel(branch, _bias(reward))
 
     return Roles(
-        split_model(policy, depth)[0],
+        Trunk(policy, depth),
         policy_branch,
         policy_branch.frozen_copy() if reference is None or reference is policy else frozen(reference),
         Value(policy_branch, value_branch, 0.0 if value_model is None else _bias(value_model), head),
