@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tasks.datasets import Prompt, PromptTicket, SideBySide, Ticket, read_rows, write_json, write_rows
+from tasks.intervals import resamples, wins, with_interval
 from tasks.labels.gold import WEIGHTS, gold_parts
 from tasks.models import (
     Branch,
@@ -135,10 +136,10 @@ def join(batches: list[Answers]) -> Answers:
     return Answers([text for batch in batches for text in batch.texts], parts, *tensors)
 
 
-def summarize(answers: dict[str, Answers], seed: int, resamples: int) -> dict[str, Any]:
+def summarize(answers: dict[str, Answers], seed: int, times: int) -> dict[str, Any]:
     """The figures of the report, nested. `x_low` and `x_high` bound the 95 % interval of `x`."""
     count = len(answers["sft"].texts)
-    picks = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
+    picks = resamples(count, times, seed)
     sft, policy = answers["sft"], answers["policy"]
     figures: dict[str, Any] = {"prompts": count}
     for name in ("gold", "score", "fluency"):
@@ -156,22 +157,6 @@ def summarize(answers: dict[str, Answers], seed: int, resamples: int) -> dict[st
         part: {model: answers[model].parts[part].mean().item() for model in MODELS} for part in WEIGHTS
     }
     return figures
-
-
-def wins(ours: Tensor, theirs: Tensor) -> Tensor:
-    """1 where ours is better, 1/2 where they are equal (to rounding), else 0. (N,)"""
-    difference = ours - theirs
-    return (difference > 1e-6).float() + 0.5 * (difference.abs() <= 1e-6).float()
-
-
-def with_interval(name: str, values: Tensor, picks: Tensor) -> dict[str, float]:
-    """Mean of values (N,) with its 95 % percentile bootstrap interval; picks (resamples, N) are row numbers."""
-    means = values[picks].mean(1)
-    return {
-        name: values.mean().item(),
-        f"{name}_low": means.quantile(0.025).item(),
-        f"{name}_high": means.quantile(0.975).item(),
-    }
 
 
 def side_by_side(prompts: list[Prompt], answers: dict[str, Answers]) -> list[SideBySide]:

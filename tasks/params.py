@@ -74,6 +74,7 @@ class Splits(Section):
 
 class Prepare(Section):
     splits: Splits
+    duplicate_limit: Share  # of the rows; more of them is a failed check
 
 
 Flaw = Literal[
@@ -162,8 +163,26 @@ class Evaluate(Section):
     bootstrap_samples: PositiveInt
 
 
+class Gates(Section):
+    """Limits that a policy must keep to become the champion; null: not asked. tasks/gates.py says what is measured."""
+
+    failed_data_checks: Annotated[int, Field(ge=0)] | None  # of `prepare`, at most
+    reward_accuracy: Share | None  # of the reward model on held-out pairs, at least
+    reward_calibration_error: Share | None  # expected calibration error on the same, at most
+    win_rate_low: Share | None  # lower end of the 95 % interval of the win rate over the SFT model, at least
+    champion_win_rate_low: Share | None  # the same over the champion; not asked while there is none
+    kl: NonNegative | None  # nats a response from the SFT model, at most
+    fluency_loss: (
+        NonNegative | None
+    )  # nats a token that the base model finds it less likely than the SFT model's, at most
+    length_ratio_low: NonNegative | None  # mean length over the SFT model's, at least
+    length_ratio_high: NonNegative | None  # and at most
+    ended: Share | None  # of the answers that end by themselves, at least
+
+
 class Register(Section):
-    alias: str
+    approval: bool  # a person says yes before a policy that passed all gates becomes the champion
+    gates: Gates
 
 
 class Params(Section):

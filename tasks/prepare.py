@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from tasks.datasets import Prompt, PromptTicket, RawTicket, prompt_id, read_rows, stable_share, write_json, write_rows
-from tasks.params import Splits, Text
+from tasks.params import Prepare, Splits, Text
 from tasks.stage import Stage, UserError
 
 TEMPLATE_TOKENS = 32  # room for the chat template around prompt and response
@@ -35,13 +35,30 @@ def run(stage: Stage) -> None:
     write_rows(out / "tickets.jsonl", [PromptTicket(id=id, ticket=row.ticket) for id, row in distinct.items()])
 
     counts = {name: len(ids) for name, ids in splits.items()}
-    metrics = {"prompts": len(distinct), "duplicates": len(rows) - len(distinct), **counts}
+    failed = failed_checks(len(rows), counts, params.prepare)
+    duplicates = len(rows) - len(distinct)
+    metrics = {"prompts": len(distinct), "duplicates": duplicates, **counts, "failed_checks": len(failed)}
     write_json(stage.out("data/reports/prepare/metrics.json"), {"prepare": metrics})
     stage.tracker.metrics({f"prepare/{name}": float(value) for name, value in metrics.items()})
     stage.tracker.table(
         "prompts", [{"split": name, "prompt": distinct[id].prompt} for name, ids in splits.items() for id in ids[:5]]
     )
-    print(f"{metrics['prompts']} prompts ({metrics['duplicates']} duplicates dropped): {counts}")
+    print(f"{metrics['prompts']} prompts ({duplicates} duplicates dropped): {counts}")
+    for problem in failed:
+        print(f"check failed: {problem}; with register.gates.failed_data_checks no policy from these data is promoted")
+
+
+def failed_checks(rows: int, counts: dict[str, int], params: Prepare) -> list[str]:
+    """What is odd about the data and no error: it is told, counted, and a gate before promotion (tasks/gates.py)."""
+    distinct = sum(counts.values())
+    failed = []
+    if rows - distinct > params.duplicate_limit * rows:
+        failed.append(f"{rows - distinct} of {rows} rows are duplicates, more than {params.duplicate_limit:.0%}")
+    for name, count in counts.items():
+        wanted = distinct * getattr(params.splits, name)
+        if abs(count - wanted) > 4 * math.sqrt(max(wanted, 1)):  # by chance in one data set of 10,000
+            failed.append(f"the split `{name}` has {count} prompts where {wanted:.0f} were expected")
+    return failed
 
 
 def read_tickets(folder: Path) -> list[tuple[Path, int, RawTicket]]:

@@ -3,8 +3,9 @@
     python -m tasks.run register
 
 A version holds a model's DVC hash and where DVC keeps it, not its weights; tasks/registered_model.py is what MLflow
-runs when the version is loaded. The same hash is the same version, so the stage is safe to repeat; the alias is moved
-to the versions of this run only when all of them exist.
+runs when the version is loaded. The same hash is the same version, so the stage is safe to repeat. The alias
+`candidate` is moved to the versions of this run when all of them exist; `champion` only if the policy passes every
+gate (tasks/gates.py).
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.datasets import write_json
+from tasks import gates, registry
+from tasks.datasets import SideBySide, read_rows, write_json
 from tasks.lineage import hash_path
 from tasks.stage import Stage, UserError
 from tasks.tracking import connect, masked, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 MODELS = ("sft", "reward", "policy")
+REPORTS = ("prepare", "reward", "evaluation")
+SAMPLES = "data/reports/evaluation/samples.jsonl"
+RESAMPLES = 2000
+CANDIDATE = "candidate"
 MAIN_FIGURES = ("gold.base", "gold.sft", "gold.policy", "gold.gain", "win_rate", "kl")
 # Given, because MLflow's own search for them imports the model and asks the network
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "fsspec", "s3fs", "pandas")
@@ -33,11 +40,11 @@ REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", 
 
 def run(stage: Stage) -> None:
     folders = {name: stage.dep(f"data/models/{name}") for name in MODELS}
-    figures = main_figures(stage.dep("data/reports/evaluation/metrics.json"))
+    reports = [json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text()) for name in REPORTS]
     hashes = {name: hash_path(folder) for name, folder in folders.items()}
+    samples = stage.dep(SAMPLES)
     stores = dvc_stores(stage.root)
     run_id = stage.tracker.run_id()
-    alias = stage.params.register_.alias
 
     from mlflow.exceptions import MlflowException
 
@@ -54,30 +61,116 @@ def run(stage: Stage) -> None:
                 "batch_size": 16,
             }
             versions[name] = find_version(client, name, md5) or make_version(client, name, config, run_id)
-            for figure, value in figures.items():
+            for figure, value in main_figures(reports[-1]).items():
                 client.set_model_version_tag(name, versions[name], f"evaluation.{figure}", f"{value:.6g}")
         for name, number in versions.items():
-            client.set_registered_model_alias(name, alias, number)
+            client.set_registered_model_alias(name, CANDIDATE, number)
+        policy = client.get_model_version("policy", versions["policy"])
+        rival = rival_of(client, policy)
+        limits = stage.params.register_.gates
+        if rival is None:
+            limits = limits.model_copy(update={"champion_win_rate_low": None})
+        else:
+            reports.append({"champion": against(rival, read_rows(samples, SideBySide), stores, stage.params.seed)})
+        judged = gates.evaluate(limits, reports)
+        companions = {f"with.{name}": versions[name] for name in registry.COMPANIONS}
+        put_on_record(client, policy, judged, rival, companions | {"evaluation.samples": hash_path(samples)})
+        promotion = promote_if_due(client, policy, judged, approval=stage.params.register_.approval)
     except (MlflowException, OSError) as error:
         raise UserError(
             f"MLflow at {masked(tracking_uri())} did not take the models: {masked(str(error)).splitlines()[0]}\n"
             "The stage can be repeated: what is registered already is found again."
         ) from error
-    registered = {name: {"version": versions[name], "md5": hashes[name], "alias": alias} for name in hashes}
+    for gate in judged:
+        print(f"gate {gate}")
+    print(f"policy/{policy.version}: {promotion}")
+    stage.tracker.metrics({f"gate/{gate.name}": float(gate.passed) for gate in judged})
+    registered: dict[str, Any] = {name: {"version": versions[name], "md5": hashes[name]} for name in hashes}
+    registered["champion"] = promotion
+    registered["gates"] = {
+        gate.name: {"value": gate.value, gate.side.replace(" ", "_"): gate.limit, "passed": gate.passed}
+        for gate in judged
+    }
     write_json(stage.out("data/reports/registered.json"), registered)
 
 
-def main_figures(path: Path) -> dict[str, float]:
+def rival_of(client: MlflowClient, policy: ModelVersion) -> ModelVersion | None:
+    """Whom the policy must beat: the champion; if it is the champion itself, the one that it had to beat for that."""
+    current = registry.champion(client)
+    if current is None or current.version != policy.version:
+        return current
+    before = policy.tags.get("gates.rival")
+    return registry.find(client, before) if before else None
+
+
+def against(
+    rival: ModelVersion, rows: list[SideBySide], stores: list[dict[str, Any]], seed: int
+) -> dict[str, float] | None:
+    """The win rate over another version's policy, by the gold score, on the prompts that both have answered.
+
+    Its answers come from DVC's store, by the hash that the version bears; None where they are lost, or were to others.
+    """
+    import torch
+
+    from tasks.intervals import resamples, wins, with_interval
+    from tasks.registered_model import fetch_object
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples.jsonl"
+        try:
+            fetch_object(rival.tags.get("evaluation.samples", ""), SAMPLES, stores, file)
+        except OSError as error:
+            print(f"warning: the answers of policy/{rival.version} cannot be had: {error}")
+            return None
+        theirs = {row.prompt: row.scores["gold.policy"] for row in read_rows(file, SideBySide)}
+    pairs = [(row.scores["gold.policy"], theirs[row.prompt]) for row in rows if row.prompt in theirs]
+    if not pairs:
+        print(f"warning: policy/{rival.version} answered none of these prompts, so the two cannot be compared")
+        return None
+    ours, others = torch.tensor(pairs).T
+    picks = resamples(len(pairs), RESAMPLES, seed)
+    return {"prompts": len(pairs), **with_interval("win_rate", wins(ours, others), picks)}
+
+
+def put_on_record(
+    client: MlflowClient,
+    policy: ModelVersion,
+    judged: list[gates.Gate],
+    rival: ModelVersion | None,
+    tags: dict[str, str],
+) -> None:
+    """Which gates the version passed, which not and by how much, on its page."""
+    failed = [gate for gate in judged if not gate.passed]
+    verdict = {
+        "gates.passed": str(not failed).lower(),
+        "gates.failed": ", ".join(gate.name for gate in failed),
+        "gates.rival": str(rival.version) if rival else "",
+        **{f"gate.{gate.name}": str(gate).partition(": ")[2] for gate in judged},
+    }
+    for key, value in (tags | verdict).items():
+        client.set_model_version_tag("policy", policy.version, key, value)
+    lines = [f"- {gate}" for gate in judged]
+    opponent = f" (the champion that it was held against: policy/{rival.version})" if rival else ""
+    text = f"{'All gates passed' if not failed else f'{len(failed)} of {len(judged)} gates failed'}{opponent}.\n\n"
+    client.update_model_version("policy", policy.version, text + "\n".join(lines))
+
+
+def promote_if_due(client: MlflowClient, policy: ModelVersion, judged: list[gates.Gate], *, approval: bool) -> str:
+    """What became of it: `promoted`, `refused: ...`, or `waits for approval`."""
+    failed = [gate.name for gate in judged if not gate.passed]
+    current = registry.champion(client)
+    if failed:
+        return f"refused: {', '.join(failed)}"
+    if approval and (current is None or current.version != policy.version):
+        return "waits for approval"
+    registry.promote(client, str(policy.version), author="gates", reason="all gates passed")
+    return "promoted"
+
+
+def main_figures(report: dict[str, Any]) -> dict[str, float]:
     """The figures of the evaluation that a version bears, with dotted names."""
-    report = json.loads(path.read_text(encoding="utf-8"))
-    found = {}
-    for figure in MAIN_FIGURES:
-        value: Any = report
-        for part in figure.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            found[figure] = float(value)
-    return found
+    found = {figure: gates.figure_at(report, figure) for figure in MAIN_FIGURES}
+    return {figure: value for figure, value in found.items() if value is not None}
 
 
 def dvc_stores(root: Path) -> list[dict[str, Any]]:

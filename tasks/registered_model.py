@@ -114,7 +114,7 @@ def fetch(md5: str, path: str, stores: Iterable[dict[str, Any]], folder: Path) -
     """Put the DVC folder with this hash into `folder`, every file verified."""
     listing = folder / "listing.json"
     stores = list(stores)
-    _fetch_object(md5, path, stores, listing)
+    fetch_object(md5, path, stores, listing)
     entries = json.loads(listing.read_text(encoding="utf-8"))
     listing.unlink()
     for entry in entries:
@@ -123,10 +123,10 @@ def fetch(md5: str, path: str, stores: Iterable[dict[str, Any]], folder: Path) -
             raise ValueError(f"{path}: the listing {md5} names a file outside its folder: {name}")
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        _fetch_object(entry["md5"], f"{path}/{name}", stores, target)
+        fetch_object(entry["md5"], f"{path}/{name}", stores, target)
 
 
-def _fetch_object(md5: str, path: str, stores: list[dict[str, Any]], target: Path) -> None:
+def fetch_object(md5: str, path: str, stores: list[dict[str, Any]], target: Path) -> None:
     """Copy one object of DVC's store, from the first place that has it. A damaged one is refused, not passed over."""
     import fsspec
 

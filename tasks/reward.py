@@ -111,6 +111,20 @@ def pair_accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
     return (scores[better] > scores[worse]).float() + 0.5 * (scores[better] == scores[worse]).float()
 
 
+def calibration_error(margins: Tensor, bins: int = 10) -> float:
+    """Expected calibration error of pairwise preferences (Guo et al. 2017, equation 3).
+
+    margins (N,): score of the better response less the worse one's. The model says with a confidence of
+    sigmoid(|margin|) that the one it scores higher is better; the error is the mean distance, over bins of confidence
+    between 0.5 and 1, between how sure it was and how often it was right.
+    """
+    confidence = margins.abs().sigmoid()
+    right = (margins > 0).float() + 0.5 * (margins == 0).float()
+    place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins).index_add(0, place, confidence - right)
+    return (gaps.abs().sum() / len(margins)).item()
+
+
 def has_order(row: Ranking) -> bool:
     return len(set(row.ranks)) > 1
 
@@ -234,11 +248,14 @@ def measure(model: Any, tokenizer: Any, rankings: list[Ranking], seed: int) -> d
     sums, counts = torch.stack([row.sum() for row in right]), torch.tensor([len(row) for row in right])
     picks = torch.randint(len(rankings), (2000, len(rankings)), generator=torch.Generator().manual_seed(seed))
     resampled = sums[picks].sum(1) / counts[picks].sum(1)
+    pairs = [ordered_pairs(rank) for rank in ranks]
+    margins = torch.cat([group[better] - group[worse] for group, (better, worse) in zip(scores, pairs, strict=True)])
     losses = [kwise_loss(group, rank).item() for group, rank in zip(scores, ranks, strict=True)]
     return {
         "accuracy": (sums.sum() / counts.sum()).item(),
         "accuracy_low": resampled.quantile(0.025).item(),
         "accuracy_high": resampled.quantile(0.975).item(),
+        "calibration_error": calibration_error(margins),
         "loss": sum(losses) / len(losses),
         "held_out_prompts": len(rankings),
         "held_out_pairs": int(counts.sum()),

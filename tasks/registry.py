@@ -1,0 +1,202 @@
+"""The champion: which registered versions are in use. Moved by gates (tasks/register.py) or by a person:
+
+    python -m tasks.registry list
+    python -m tasks.registry promote policy/3 --reason "reads better, 20 samples looked at"
+    python -m tasks.registry rollback --reason "too long in production"
+
+A policy's version names the SFT and the reward version that it came with; the three move together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tasks.stage import UserError
+from tasks.tracking import connect, masked, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION = "champion"
+COMPANIONS = ("sft", "reward")  # of a policy
+
+
+def champion(client: MlflowClient) -> ModelVersion | None:
+    """The policy version that is the champion now."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias("policy", CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no such alias
+            return None
+        raise
+
+
+def promote(client: MlflowClient, number: str, *, author: str, reason: str) -> None:
+    """Make a policy version the champion, with its companions. Tags say who, why, when, and which it replaced."""
+    before = champion(client)
+    if before is not None and str(before.version) == number:
+        return
+    set_tags(client, number, CHAMPION, author, reason, replaced=str(before.version) if before else "")
+    move(client, number)
+
+
+def rollback(client: MlflowClient, *, author: str, reason: str) -> str:
+    """Give its place back to the version that the champion replaced, which is returned."""
+    current = champion(client)
+    if current is None:
+        raise UserError("there is no champion to roll back from.")
+    before: str | None = current.tags.get(f"{CHAMPION}.replaced")
+    if not before:
+        raise UserError(f"policy/{current.version} replaced no other version: there is none to go back to.")
+    set_tags(client, str(current.version), "rolled_back", author, reason)
+    move(client, before)
+    return before
+
+
+def move(client: MlflowClient, number: str) -> None:
+    version = find(client, number)
+    companions = {name: version.tags.get(f"with.{name}") for name in COMPANIONS}
+    for name, companion in companions.items():
+        if companion:
+            client.set_registered_model_alias(name, CHAMPION, companion)
+    client.set_registered_model_alias("policy", CHAMPION, number)  # last: it is what others look at
+
+
+def find(client: MlflowClient, number: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version("policy", number)
+    except MlflowException:
+        raise UserError(
+            f"MLflow at {masked(tracking_uri())} has no policy/{number}; "
+            "`python -m tasks.registry list` shows what it has."
+        ) from None
+
+
+def set_tags(client: MlflowClient, number: str, kind: str, author: str, reason: str, **more: str) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    for key, value in {"author": author, "reason": reason, "time": now, **more}.items():
+        client.set_model_version_tag("policy", number, f"{kind}.{key}", value)
+
+
+def parse_version(text: str) -> str:
+    """`policy/3`, `policy@candidate` or `3` -> the number, or the alias after an @."""
+    name, _, number = text.replace("@", "/@").rpartition("/")
+    if name not in ("", "policy", "models:", "models:/policy") or not (number.isdigit() or number.startswith("@")):
+        raise UserError(f"`{text}` is no version of the policy; write it as policy/3 or policy@candidate.")
+    return number
+
+
+def resolve(client: MlflowClient, text: str) -> ModelVersion:
+    """The version that `policy/3` or `policy@candidate` names."""
+    from mlflow.exceptions import MlflowException
+
+    number = parse_version(text)
+    if not number.startswith("@"):
+        return find(client, number)
+    try:
+        return client.get_model_version_by_alias("policy", number[1:])
+    except MlflowException:
+        raise UserError(f"no version of the policy has the alias `{number[1:]}`.") from None
+
+
+def versions(client: MlflowClient) -> list[ModelVersion]:
+    """All of the policy, newest first."""
+    found = client.search_model_versions("name = 'policy'")
+    return sorted(found, key=lambda version: -int(version.version))
+
+
+def table(client: MlflowClient) -> Table:
+    shown = Table(title=f"policy in {masked(tracking_uri())}", title_justify="left")
+    for column in ("version", "alias", "gates", "win rate", "gold gain", "KL", "made from", "champion because"):
+        shown.add_column(column)
+    aliases: dict[str, list[str]] = {}
+    for alias, number in dict(client.get_registered_model("policy").aliases).items():
+        aliases.setdefault(str(number), []).append(alias)
+    for version in versions(client):
+        tags = version.tags
+        shown.add_row(
+            f"policy/{version.version}",
+            ", ".join(sorted(aliases.get(str(version.version), []))),
+            {"true": "passed", "false": f"failed: {tags.get('gates.failed', '')}"}.get(tags.get("gates.passed"), ""),
+            *(tags.get(f"evaluation.{name}", "") for name in ("win_rate", "gold.gain", "kl")),
+            tags.get("git.commit", "")[:8],
+            told(tags),
+        )
+    return shown
+
+
+def told(tags: dict[str, Any]) -> str:
+    """Who made it the champion or took it back, and why."""
+    kind = "rolled_back" if "rolled_back.time" in tags else CHAMPION
+    if f"{kind}.time" not in tags:
+        return ""
+    what = "rolled back: " if kind == "rolled_back" else ""
+    return f"{what}{tags[f'{kind}.reason']} ({tags[f'{kind}.author']}, {tags[f'{kind}.time'][:10]})"
+
+
+def whoami() -> str:
+    """As git knows the person, else the account."""
+    done = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or getpass.getuser()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.registry", description="Which registered versions are in use."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the versions of the policy, their gates and figures")
+    by_hand = argparse.ArgumentParser(add_help=False)
+    by_hand.add_argument("--reason", required=True, help="why; it becomes a tag of the version")
+    by_hand.add_argument("--author", default=None, help="who; default: git's user.name")
+    command = commands.add_parser("promote", parents=[by_hand], help="make a version the champion")
+    command.add_argument("version", help="policy/3, or policy@candidate")
+    commands.add_parser("rollback", parents=[by_hand], help="back to the version that the champion replaced")
+    arguments = parser.parse_args(argv)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = connect()
+        if arguments.command == "list":
+            Console(width=None if sys.stdout.isatty() else 160).print(table(client))
+            return 0
+        if not arguments.reason.strip():
+            raise UserError("--reason is empty; say why.")
+        by = {"author": arguments.author or whoami(), "reason": arguments.reason.strip()}
+        before = champion(client)
+        was = f"policy/{before.version}" if before else "none"
+        if arguments.command == "promote":
+            version = resolve(client, arguments.version)
+            if version.tags.get("gates.passed") == "false":
+                print(
+                    f"note: policy/{version.version} failed gates: {version.tags.get('gates.failed')}", file=sys.stderr
+                )
+            promote(client, str(version.version), **by)
+            number = str(version.version)
+        else:
+            number = rollback(client, **by)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MlflowException, OSError) as error:
+        print(f"error: MLflow at {masked(tracking_uri())}: {masked(str(error)).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(f"champion: policy/{number} (before: {was})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
