@@ -1,0 +1,161 @@
+"""Talk to a model in the terminal: `python -m tasks.chat models:/policy@champion`, or a folder such as data/models/sft.
+
+The answer appears as it is written; what was said before goes along with each prompt. /new forgets it, /quit (or
+Ctrl-D) ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from tasks.stage import UserError
+from tasks.tracking import masked, tracking_uri
+
+Message = dict[str, str]  # {"role": "user" or "assistant", "content": ...}
+
+
+class Chat:
+    """A conversation with a causal language model that has a chat template."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.history: list[Message] = []
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer, piece by piece. It joins the history once it is complete, or as far as the caller took it."""
+        from transformers import GenerationConfig, TextIteratorStreamer
+
+        self.history.append({"role": "user", "content": text})
+        streamer: Any = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature > 0 else {}
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            **sampled,
+        )
+        batch = self.encode()
+        stop = _Stop()
+        writer = Thread(
+            target=self.model.generate,
+            kwargs={**batch, "generation_config": settings, "streamer": streamer, "stopping_criteria": [stop]},
+            daemon=True,
+        )
+        writer.start()
+        answer = ""
+        try:
+            for piece in streamer:
+                answer += piece
+                yield piece
+        finally:
+            stop.now = True
+            writer.join()
+            self.history.append({"role": "assistant", "content": answer.strip()})
+
+    def encode(self) -> Any:
+        """The conversation up to where the assistant begins; the oldest turns are left out where it grows too long."""
+        room = getattr(self.model.config, "max_position_embeddings", sys.maxsize) - self.max_new_tokens
+        while True:
+            text = self.tokenizer.apply_chat_template(self.history, tokenize=False, add_generation_prompt=True)
+            batch = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            if batch.input_ids.shape[1] <= room:
+                return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            if len(self.history) == 1:
+                self.history.clear()
+                raise UserError(f"that is {batch.input_ids.shape[1]} tokens, and the model takes {room}.")
+            del self.history[:2]
+
+
+class _Stop:
+    """Ends a generation from outside: transformers asks it after each token."""
+
+    def __init__(self) -> None:
+        self.now = False
+
+    def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
+        import torch
+
+        return torch.full((len(ids),), self.now, device=ids.device)
+
+
+def load(name: str) -> tuple[Any, Any, int]:
+    """(model, tokenizer, its usual limit of new tokens) of a registered version or of a folder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not name.startswith("models:/"):
+        from tasks.models import load_language_model, load_tokenizer
+
+        if not (Path(name) / "config.json").exists():
+            raise UserError(f"{name} is no model folder; give one, or a registered version: models:/policy@champion.")
+        return load_language_model(Path(name)), load_tokenizer(Path(name)), 256
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from tasks.tracking import connect
+
+    try:
+        connect()  # with its short time-outs
+        mlflow.set_tracking_uri(tracking_uri())
+        loaded = mlflow.pyfunc.load_model(name).unwrap_python_model()
+    except (MlflowException, OSError, ValueError) as error:
+        raise UserError(f"{name} from MLflow at {masked(tracking_uri())}: {masked(str(error))}") from error
+    if loaded.config["kind"] != "language":
+        raise UserError(f"{name} is a reward model: it scores answers, and gives none.")
+    return loaded.model, loaded.tokenizer, int(loaded.config["max_new_tokens"])
+
+
+def converse(chat: Chat) -> None:
+    while True:
+        try:
+            text = input("you> ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/quit":
+            return
+        if text == "/new":
+            chat.history.clear()
+            print("(a new conversation)")
+        elif text:
+            print("model> ", end="", flush=True)
+            # Ctrl-C ends the answer, not the conversation
+            with contextlib.suppress(KeyboardInterrupt), contextlib.closing(chat.say(text)) as pieces:
+                try:
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+                except UserError as error:
+                    print(f"error: {error}", end="")
+            print()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tasks.chat", description="Talk to a model in the terminal.")
+    parser.add_argument("model", help="models:/policy@champion, models:/policy/3, or a folder such as data/models/sft")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: as the model was trained")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
+    arguments = parser.parse_args(argv)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history in input()
+    try:
+        print(f"loading {arguments.model} ...", file=sys.stderr)
+        model, tokenizer, usual = load(arguments.model)
+        print("/new starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short", file=sys.stderr)
+        converse(Chat(model, tokenizer, arguments.max_new_tokens or usual, arguments.temperature))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
