@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -28,7 +28,7 @@ class Chat:
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.history: list[Message] = []
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str]:
         """The answer, piece by piece. It joins the history once it is complete, or as far as the caller took it."""
         from transformers import GenerationConfig, TextIteratorStreamer
 
@@ -89,7 +89,7 @@ def load(name: str) -> tuple[Any, Any, int]:
     """(model, tokenizer, its usual limit of new tokens) of a registered version or of a folder."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     if not name.startswith("models:/"):
         from tasks.models import load_language_model, load_tokenizer
 

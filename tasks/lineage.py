@@ -6,10 +6,13 @@ place in the graph asks here.
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import time
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,38 @@ def hash_path(path: Path) -> str:
     _, _, obj = build(staging, str(path.resolve()), LocalFileSystem(), "md5", dry_run=True)
     assert obj.hash_info.value
     return str(obj.hash_info.value)
+
+
+def environment() -> dict[str, str]:
+    """What the bits of a result may depend on beside code, data and parameters."""
+    packages = {name: _version(name) for name in ("torch", "transformers", "trl", "accelerate", "tokenizers", "numpy")}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "threads": os.environ.get("OMP_NUM_THREADS", str(cores)),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _cpu() -> str:
+    """The model, with the widest vector instructions: they decide which of MKL's kernels runs."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    widest = next((flag for flag in ("amx_tile", "avx512f", "avx2", "avx") if flag in flags), "")
+    return f"{facts.get('model name', 'unknown')} {widest}".strip()
 
 
 def git_state(root: Path = Path()) -> tuple[str, bool]:

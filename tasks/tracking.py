@@ -31,7 +31,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.lineage import StageSpec, git_state, hash_path
+from tasks.lineage import StageSpec, environment, git_state, hash_path
 from tasks.stage import UserError
 
 if TYPE_CHECKING:
@@ -310,6 +310,7 @@ def _start_event(journal_id: str, spec: StageSpec, params: Params) -> Event:
         "dvc.stage": spec.name,
         "git.commit": commit,
         "git.dirty": str(dirty).lower(),
+        **{f"env.{key}": value for key, value in environment().items()},
         "mlflow.source.name": spec.cmd,
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit,
@@ -626,7 +627,10 @@ class Sender:
 def _experiment(client: MlflowClient) -> str:
     """The experiment's id; made where it is missing. Two processes may come at once."""
     uri = tracking_uri()
-    artifacts = f"file://{Path.cwd() / 'mlartifacts'}" if uri.startswith("sqlite") else None
+    # beside the database, wherever the current folder is
+    artifacts = (
+        f"file://{Path(uri.removeprefix('sqlite:///')).parent / 'mlartifacts'}" if uri.startswith("sqlite") else None
+    )
     with _machine_lock():
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:

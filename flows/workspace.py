@@ -1,0 +1,244 @@
+"""A place of its own for a run: the repository at one revision, in a folder where nobody else works.
+
+    with open_workspace("20261122-0300-1a2b3c4d", revision="main") as workspace, workspace.entered():
+        ...
+        workspace.record("nightly")
+
+A git worktree under `.rlhf/workspaces` of the repository, or a clone where the repository is an address. All of them
+share DVC's cache, so that what one run made another finds; each has its own branch, `runs/ID`, and the repository's own
+branches, index and files are left as they are.
+"""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from ruamel.yaml import YAML
+
+from tasks.stage import CHECKPOINTS, UserError
+from tasks.tracking import JOURNALS
+
+WORKSPACES = Path(".rlhf/workspaces")
+BRANCHES = "runs/"
+# what a run changes and git keeps: DVC ignores the large outs by .gitignore files of its own
+RECORDED = ("dvc.lock", "params.yaml", "data")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One run's copy of the repository."""
+
+    id: str
+    path: Path
+    repository: str  # a folder, or an address
+
+    @property
+    def branch(self) -> str:
+        return BRANCHES + self.id
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The current folder, and where MLflow's record goes when nothing else is said, for as long as it lasts."""
+        store = f"sqlite:///{home_of(self.repository) / 'mlflow.db'}"
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        os.environ["MLFLOW_TRACKING_URI"] = before or store
+        try:
+            with contextlib.chdir(self.path):
+                yield
+        finally:
+            if before is None:
+                del os.environ["MLFLOW_TRACKING_URI"]
+
+    def set_params(self, values: Mapping[str, Any]) -> None:
+        """Change params.yaml, {"ppo.kl_coef": 0.05}, and put it on the branch, so that every run says what it ran."""
+        yaml = YAML()
+        yaml.preserve_quotes = True
+        yaml.width = 4096
+        file = self.path / "params.yaml"
+        params = yaml.load(file)
+        for key, value in values.items():
+            *sections, last = key.split(".")
+            section = params
+            for name in sections:
+                section = section.get(name) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or last not in section:
+                raise UserError(f"params.yaml has no key `{key}`.")
+            section[last] = value
+        if values:
+            yaml.dump(params, file)
+            self.commit("Parameters: " + ", ".join(f"{key}={value}" for key, value in values.items()))
+
+    def commit(self, message: str) -> str:
+        """What changed goes to the workspace's branch; returns the commit."""
+        present = [name for name in RECORDED if (self.path / name).exists()]
+        git(self.path, "add", "--", *present)
+        if git(self.path, "status", "--porcelain", "--untracked-files=no"):
+            git(self.path, *_identity(self.path), "commit", "--quiet", "--no-verify", "-m", message)
+        return git(self.path, "rev-parse", "HEAD")
+
+    def push(self) -> list[str]:
+        """Outs and run cache to the DVC remote, the branch to where a clone came from; returns what found no place."""
+        missing = []
+        if remote_of(self.path):
+            for more in ([], ["--run-cache"]):
+                done = _run(["dvc", "push", "--quiet", *more], self.path)
+                if done.returncode:
+                    raise UserError(f"`dvc push` failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+        else:
+            missing.append("there is no DVC remote (core.remote): outs stay in the cache of this machine")
+        if is_address(self.repository):
+            git(self.path, "push", "--quiet", "--force", "origin", self.branch)
+        return missing
+
+    def remove(self) -> None:
+        """Its branch and what it put into DVC's cache stay; so does what MLflow has not got yet."""
+        home = home_of(self.repository)
+        for journal in (self.path / JOURNALS).glob("*"):
+            target = home / JOURNALS / journal.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(journal, target)
+        shutil.rmtree(self.path)
+        if not is_address(self.repository):
+            git(Path(self.repository), "worktree", "prune")
+
+
+@contextmanager
+def open_workspace(id: str, revision: str = "HEAD", repository: str = ".") -> Iterator[Workspace]:
+    """The workspace of this id, made where it is missing. It stays when the context ends: the caller removes it.
+
+    A run that is tried again finds its workspace as it left it, with its checkpoints; a new one takes over the
+    checkpoints of workspaces whose run is dead. UserError where another process has it, or the revision is unknown.
+    """
+    if not re.fullmatch(r"[\w.-]+", id):
+        raise UserError(f"`{id}` cannot name a workspace: letters, digits, dots and dashes alone.")
+    if not is_address(repository):
+        repository = git(Path(repository), "rev-parse", "--show-toplevel")
+    root = home_of(repository) / WORKSPACES
+    root.mkdir(parents=True, exist_ok=True)
+    workspace = Workspace(id, root / id, repository)
+    with _held(root, id):
+        if not (workspace.path / ".dvc").exists():
+            shutil.rmtree(workspace.path, ignore_errors=True)  # one that broke off while it was made
+            _check_out(workspace, revision)
+            _point_dvc_to_shared_store(workspace)
+            _adopt_checkpoints(workspace)
+        yield workspace
+
+
+@contextmanager
+def _held(root: Path, id: str) -> Iterator[None]:
+    lock = FileLock(root / f"{id}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"the workspace {id} is in use by another process.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_out(workspace: Workspace, revision: str) -> None:
+    if is_address(workspace.repository):
+        git(Path(), "clone", "--quiet", workspace.repository, str(workspace.path))
+        commit = commit_of(workspace.path, revision if revision == "HEAD" else f"origin/{revision}", revision)
+        git(workspace.path, "switch", "--quiet", "-C", workspace.branch, commit)
+        return
+    repository = Path(workspace.repository)
+    git(repository, "worktree", "prune")
+    commit = commit_of(repository, revision)
+    git(repository, "worktree", "add", "--quiet", "--force", "-B", workspace.branch, str(workspace.path), commit)
+
+
+def commit_of(repository: Path, *names: str) -> str:
+    """The commit that the first known one of the names means."""
+    for name in names:
+        with contextlib.suppress(UserError):
+            return git(repository, "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    raise UserError(f"{repository} has no commit `{names[-1]}`.")
+
+
+def _point_dvc_to_shared_store(workspace: Workspace) -> None:
+    """The workspace's `.dvc/config.local`: the repository's own, with its cache and with whole paths to its remotes."""
+    if is_address(workspace.repository):
+        home = home_of(workspace.repository)
+        cache, remotes = home / ".dvc/cache", {}
+    else:
+        from dvc.repo import Repo
+
+        with Repo(workspace.repository) as repo:
+            cache = Path(repo.cache.local.path).parents[1]  # without files/md5
+            remotes = {name: remote["url"] for name, remote in repo.config["remote"].items()}
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(Path(workspace.repository) / ".dvc/config.local")
+    for section, key, value in (
+        ("cache", "dir", str(cache)),
+        *((f"'remote \"{name}\"'", "url", url) for name, url in remotes.items()),
+    ):
+        if not config.has_section(section):
+            config.add_section(section)
+        config.set(section, key, value)
+    with (workspace.path / ".dvc/config.local").open("w") as file:
+        config.write(file)
+
+
+def _adopt_checkpoints(workspace: Workspace) -> None:
+    """Move here what killed runs left. Checkpoints are keyed by all that they depend on: none is resumed by mistake."""
+    for other in workspace.path.parent.iterdir():
+        if not other.is_dir() or other == workspace.path:
+            continue
+        with contextlib.suppress(UserError), _held(other.parent, other.name):
+            for run in (other / CHECKPOINTS).glob("*/*"):
+                target = workspace.path / CHECKPOINTS / run.parent.name / run.name
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    run.replace(target)
+
+
+def is_address(repository: str) -> bool:
+    return "://" in repository or bool(re.match(r"[\w.-]+@[\w.-]+:", repository))
+
+
+def home_of(repository: str) -> Path:
+    """The folder that outlives workspaces: the repository; for an address, the current folder when first asked."""
+    return _HOME if is_address(repository) else Path(repository).resolve()
+
+
+_HOME = Path.cwd()
+
+
+def remote_of(folder: Path) -> str:
+    """The name of DVC's default remote, or ""."""
+    return _run(["dvc", "config", "core.remote"], folder).stdout.strip()
+
+
+def git(folder: Path, *args: str) -> str:
+    done = _run(["git", *args], folder)
+    if done.returncode:
+        raise UserError(f"`git {' '.join(args)}` in {folder.resolve()}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+
+
+def _identity(folder: Path) -> list[str]:
+    """For `git commit` on machines where nobody has introduced themselves."""
+    known = _run(["git", "config", "user.email"], folder).stdout.strip()
+    return [] if known else ["-c", "user.name=rlhf", "-c", "user.email=rlhf@localhost"]
