@@ -89,7 +89,7 @@ class Workspace:
         return git(self.path, "rev-parse", "HEAD")
 
     def push(self) -> list[str]:
-        """Outs and run cache to the DVC remote, the branch to where a clone came from; returns what found no place."""
+        """Outs and run cache to the DVC remote; returns what found no place to go."""
         missing = []
         if remote_of(self.path):
             for more in ([], ["--run-cache"]):
@@ -98,9 +98,12 @@ class Workspace:
                     raise UserError(f"`dvc push` failed: {(done.stderr or done.stdout).strip()[-2000:]}")
         else:
             missing.append("there is no DVC remote (core.remote): outs stay in the cache of this machine")
+        return missing
+
+    def publish(self) -> None:
+        """A clone's branch goes to where it was cloned from; a worktree's is in the repository already."""
         if is_address(self.repository):
             git(self.path, "push", "--quiet", "--force", "origin", self.branch)
-        return missing
 
     def remove(self) -> None:
         """Its branch and what it put into DVC's cache stay; so does what MLflow has not got yet."""
@@ -128,7 +131,7 @@ def open_workspace(id: str, revision: str = "HEAD", repository: str = ".") -> It
     root = home_of(repository) / WORKSPACES
     root.mkdir(parents=True, exist_ok=True)
     workspace = Workspace(id, root / id, repository)
-    with _held(root, id):
+    with held(root, id):
         if not (workspace.path / ".dvc").exists():
             shutil.rmtree(workspace.path, ignore_errors=True)  # one that broke off while it was made
             _check_out(workspace, revision)
@@ -138,7 +141,7 @@ def open_workspace(id: str, revision: str = "HEAD", repository: str = ".") -> It
 
 
 @contextmanager
-def _held(root: Path, id: str) -> Iterator[None]:
+def held(root: Path, id: str) -> Iterator[None]:
     lock = FileLock(root / f"{id}.lock")
     try:
         lock.acquire(timeout=0)
@@ -199,7 +202,7 @@ def _adopt_checkpoints(workspace: Workspace) -> None:
     for other in workspace.path.parent.iterdir():
         if not other.is_dir() or other == workspace.path:
             continue
-        with contextlib.suppress(UserError), _held(other.parent, other.name):
+        with contextlib.suppress(UserError), held(other.parent, other.name):
             for run in (other / CHECKPOINTS).glob("*/*"):
                 target = workspace.path / CHECKPOINTS / run.parent.name / run.name
                 if not target.exists():

@@ -1,0 +1,179 @@
+"""What runs without anyone: the deployments of prefect.yaml. Each run has a workspace of its own (flows/workspace.py).
+
+`pipeline` brings everything up to date at a revision, with parameters changed where asked; `sweep` does so for several
+sets of parameters; `replay` makes a registered version again; `prune` removes what runs left behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, pause_flow_run
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.client.schemas.objects import State
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+from rich.console import Console
+
+from flows import prune as pruning
+from flows import replay as replaying
+from flows.notify import notify
+from flows.rlhf import rlhf
+from flows.workspace import Workspace, open_workspace
+from tasks.stage import UserError
+from tasks.tracking import tag_pipeline
+
+REGISTERED = Path("data/reports/registered.json")
+
+
+class Approval(RunInput):
+    """What a person answers on Prefect's page before a policy becomes the champion."""
+
+    approve: bool
+    name: str
+    reason: str
+
+
+@flow(name="pipeline", retries=1, retry_delay_seconds=30)
+def pipeline(
+    revision: str = "HEAD",
+    targets: list[str] | None = None,
+    params: dict[str, Any] | None = None,
+    repository: str = ".",
+    notification: str | None = None,
+    approval_hours: float = 24.0,
+) -> State[dict[str, Any]]:
+    """Bring every stage, or `targets` and what they need, up to date in a workspace at a revision.
+
+    params: changes to params.yaml, {"ppo.kl_coef": 0.05}. repository: a folder, or an address to clone.
+    notification: the slug of a Prefect notification block, such as `custom-webhook/team`.
+    Tried again, it goes on in the same workspace: what is done stays done, a killed stage goes on from its checkpoint.
+    """
+    with telling_of_failure(notification), open_workspace(run_id(), revision, repository) as workspace:
+        with workspace.entered():
+            workspace.set_params(params or {})
+            state = rlhf(targets, return_state=True)
+            result = finish(workspace, state)
+            if state.is_failed():
+                notify(notification, f"The pipeline failed: {state.message}", result)
+                return Failed(message=state.message, data=result)
+            champion = registered().get("champion", "")
+            if champion == "waits for approval":
+                champion = ask_for_approval(approval_hours, workspace)
+            if champion.startswith("refused"):
+                notify(notification, f"A policy missed its gates: {champion.partition(': ')[2]}", result)
+            elif champion.startswith("promoted"):
+                notify(notification, f"policy/{registered()['policy']['version']} is the champion now", result)
+        workspace.remove()
+    return Completed(message=f"branch {workspace.branch}", data=result)
+
+
+@contextmanager
+def telling_of_failure(notification: str | None) -> Iterator[None]:
+    """Whatever goes wrong outside the stages is told, too."""
+    try:
+        yield
+    except Exception as error:
+        notify(notification, f"The pipeline failed: {error}", {})
+        raise
+
+
+def run_id() -> str:
+    """The same in every attempt of a flow run, and sorted by time."""
+    return f"{flow_run.get_scheduled_start_time():%Y%m%d-%H%M%S}-{str(flow_run.get_id())[:8]}"
+
+
+def registered() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(REGISTERED.read_text()) if REGISTERED.exists() else {}
+    return found
+
+
+def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
+    """Keep what there is, of a failed run too: outs and run cache at the remote, lock and reports on the branch."""
+    for missing in workspace.push():
+        get_run_logger().warning(missing)
+    commit = workspace.commit(f"Run {workspace.id}: {'failed' if state.is_failed() else 'done'}")
+    workspace.publish()
+    return {"run": workspace.id, "branch": workspace.branch, "commit": commit}
+
+
+def ask_for_approval(hours: float, workspace: Workspace) -> str:
+    """Wait for a person on Prefect's page; `promoted` or why not. Nobody in time: the policy stays a candidate."""
+    from tasks import registry
+    from tasks.tracking import connect
+
+    number = registered()["policy"]["version"]
+    client = connect()
+    record = client.get_model_version("policy", number)
+    text = (
+        f"policy/{number} passed its gates (run {workspace.id}).\n\n{record.description}\n\nMay it become the champion?"
+    )
+    answer = pause_flow_run(
+        wait_for_input=Approval.with_initial_data(description=text, approve=False, name="", reason=""),
+        timeout=int(hours * 3600),
+    )
+    if not answer.approve:
+        return f"refused: by {answer.name}: {answer.reason}"
+    registry.promote(client, number, author=answer.name, reason=answer.reason)
+    return "promoted"
+
+
+@flow(name="sweep")
+def sweep(
+    grid: dict[str, list[Any]],
+    samples: int | None = None,
+    seed: int = 1,
+    revision: str = "HEAD",
+    targets: list[str] | None = None,
+    repository: str = ".",
+    notification: str | None = None,
+) -> State[list[dict[str, Any]]]:
+    """The pipeline once for each combination of the grid's values, or for so many of them drawn at random.
+
+    grid: {"ppo.kl_coef": [0.01, 0.02, 0.05]}. What the runs have in common, DVC's run cache holds: it is made once.
+    """
+    rows = []
+    for point in points(grid, samples, seed):
+        state = pipeline(revision, targets, point, repository, notification, return_state=True)
+        result = state.result(raise_on_failure=False)
+        told = result if isinstance(result, dict) else {}
+        rows.append({**point, "result": state.name, "branch": told.get("branch", ""), "commit": told.get("commit", "")})
+        create_table_artifact(key="rlhf-sweep", table=rows, description="compare: dvc metrics diff COMMIT COMMIT")
+    failed = [row for row in rows if row["result"] != "Completed"]
+    if failed:
+        return Failed(message=f"{len(failed)} of {len(rows)} runs failed", data=rows)
+    return Completed(message=f"{len(rows)} runs", data=rows)
+
+
+def points(grid: Mapping[str, list[Any]], samples: int | None, seed: int) -> list[dict[str, Any]]:
+    """The combinations in order, or some of them in random order, none twice."""
+    if not grid or not all(isinstance(values, list) and values for values in grid.values()):
+        raise UserError('the grid must give values for each key: {"ppo.kl_coef": [0.01, 0.02]}.')
+    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return every if samples is None else random.Random(seed).sample(every, min(samples, len(every)))
+
+
+@flow(name="replay")
+def replay(version: str, only: str | None = None) -> State[None]:
+    """Make a registered policy again and compare it with what was recorded (flows/replay.py)."""
+    console = Console(record=True, width=160, highlight=False)
+    found = replaying.replay(version, only, console)
+    create_markdown_artifact(
+        f"```\n{console.export_text()}\n```", key="rlhf-replay", description=f"replay of {version}"
+    )
+    differ = [row.out for row in found if not row.same]
+    return Failed(message=f"not the same: {', '.join(differ)}") if differ else Completed(message="the same to the bit")
+
+
+@flow(name="prune")
+def prune(keep_days: float = 7.0, keep_branches: int = 50) -> State[None]:
+    """Remove workspaces and run branches that are old, but for what registered versions need (flows/prune.py)."""
+    removed = pruning.prune(keep_days, keep_branches)
+    return Completed(message=f"removed: {removed}")
