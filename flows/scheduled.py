@@ -28,7 +28,6 @@ from flows.notify import notify
 from flows.rlhf import rlhf
 from flows.workspace import Workspace, open_workspace
 from tasks.stage import UserError
-from tasks.tracking import tag_pipeline
 
 REGISTERED = Path("data/reports/registered.json")
 

@@ -1,0 +1,2 @@
+-- beside `prefect`, which the image makes itself
+CREATE DATABASE mlflow;
