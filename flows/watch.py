@@ -1,0 +1,85 @@
+"""Tell Prefect when labels or raw data are new: the event `rlhf.new-labels` starts the deployment `on-new-labels`.
+
+New is what the repository's current commit, or its upstream's after a fetch, says of `data/raw` and `data/labels`: files
+that git keeps, and the hashes in the `.dvc` files of what DVC keeps. Data that `dvc import` or `dvc import-url` brought
+in count as new as soon as their source has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+from prefect.events import emit_event
+from prefect.variables import Variable
+
+from flows.workspace import git
+from tasks.stage import UserError
+
+EVENT = "rlhf.new-labels"
+WATCHED = ("data/raw", "data/labels")
+
+
+class Watcher:
+    """Looks at one repository. What it saw last is a Prefect variable, so a restart tells nothing twice."""
+
+    def __init__(self, repository: Path) -> None:
+        self.repository = Path(git(repository, "rev-parse", "--show-toplevel"))
+        name = hashlib.sha256(str(self.repository).encode()).hexdigest()[:8]
+        self.variable = f"rlhf_labels_{name}"
+
+    def look(self) -> bool:
+        """Whether there is something new; then the event is out. The first look only takes note."""
+        try:
+            revision = self.revision()
+            state = self.state(revision)
+        except UserError as error:
+            print(f"warning: cannot look for new labels: {error}", file=sys.stderr)
+            return False
+        before = Variable.get(self.variable, default=None)
+        if state == before:
+            return False
+        Variable.set(self.variable, state, overwrite=True)
+        if before is None:
+            return False
+        emit_event(
+            EVENT, resource={"prefect.resource.id": f"rlhf.repository.{self.variable}"}, payload={"revision": revision}
+        )
+        return True
+
+    def revision(self) -> str:
+        """The commit to look at: the upstream's newest where there is one."""
+        try:
+            upstream = git(self.repository, "rev-parse", "--abbrev-ref", "@{upstream}")
+        except UserError:
+            return git(self.repository, "rev-parse", "HEAD")
+        git(self.repository, "fetch", "--quiet")
+        return git(self.repository, "rev-parse", upstream)
+
+    def state(self, revision: str) -> str:
+        """A hash of all that is watched."""
+        tree = git(self.repository, "ls-tree", "-r", revision, "--", *WATCHED)
+        return hashlib.sha256("\n".join([tree, *self.sources(revision)]).encode()).hexdigest()
+
+    def sources(self, revision: str) -> list[str]:
+        """Imports whose source has changed, as `dvc status` tells."""
+        files = git(self.repository, "ls-tree", "-r", "--name-only", revision, "--", *WATCHED).splitlines()
+        imports = [
+            file
+            for file in files
+            if file.endswith(".dvc") and "\ndeps:" in "\n" + git(self.repository, "show", f"{revision}:{file}")
+        ]
+        if not imports:
+            return []
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "status", "--json", *imports],
+            cwd=self.repository,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise UserError(f"`dvc status {' '.join(imports)}`: {done.stderr.strip()}")
+        return [done.stdout.strip()]
