@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 import prefect
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
@@ -71,19 +74,36 @@ def terminal() -> Iterator[Console]:
 
 
 class Bar:
-    """A stage's progress bar: in place on a terminal, else a line in the log now and then."""
+    """A stage's progress bar: in place on a terminal, else a line in the log now and then; always on Prefect's page."""
 
     def __init__(self, stage: str, logger: Any) -> None:
         self._stage = stage
         self._logger = logger
-        self._logged = -math.inf
+        self._logged = self._published = -math.inf
+        self._artifact: UUID | None = None
         handlers = logging.getLogger().handlers
         self._terminal = next((one for one in handlers if isinstance(one, Terminal) and one.console.is_terminal), None)
 
     def show(self, text: str) -> None:
         """The bar's new state; an empty text takes it away."""
+        self._publish(text)
         if self._terminal:
             self._terminal.bar(self._stage, text)
         elif text and time.monotonic() - self._logged > SECONDS_BETWEEN_LOGGED_BARS:
             self._logged = time.monotonic()
             self._logger.info(text)
+
+    def _publish(self, text: str) -> None:
+        """As an artifact of the task run. The last state is 100 %: an empty text comes when the stage has ended."""
+        share = re.search(r"(\d+)%", text)
+        due = time.monotonic() - self._published > SECONDS_BETWEEN_LOGGED_BARS
+        if (share is None and text) or (not text and self._artifact is None) or (text and not due):
+            return
+        percent = float(share[1]) if share else 100.0
+        self._published = time.monotonic()
+        if self._artifact is None:
+            self._artifact = cast(
+                "UUID", create_progress_artifact(percent, key=f"rlhf-{self._stage}", description=text)
+            )
+        else:
+            update_progress_artifact(self._artifact, percent, description=text or f"{self._stage}: ended")

@@ -60,12 +60,10 @@ def make_pool() -> None:
 
 
 def make_automation() -> None:
-    """No heartbeat and no end for so long after a heartbeat: crashed. (Prefect's documented way; its server has none.)"""
-    try:
-        Automation.read(name=ZOMBIES)
-        return
-    except ValueError:
-        pass
+    """No heartbeat and no end for so long after a heartbeat: crashed, as Prefect's documentation advises."""
+    with get_client(sync_client=True) as client:
+        if client.read_automations_by_name(ZOMBIES):
+            return
     heartbeat = "prefect.flow-run.heartbeat"
     Automation(
         name=ZOMBIES,

@@ -7,6 +7,7 @@ how it ended.
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
 import subprocess
@@ -73,12 +74,17 @@ def _may_mend_itself(_task: Task[Any, Any], _run: TaskRun, state: State[Outcome]
 @task(task_run_name="{spec.name}", cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_may_mend_itself)
 def _bring_up_to_date(spec: StageSpec, pool: Pool, ids: dict[str, str]) -> State[Outcome]:
     logger = get_run_logger()
+    limit = 60 * float(spec.meta.get("timeout_minutes", math.inf))
     with pool.room_for(spec.name, float(spec.meta.get("memory_gb", 0)), logger.info):
         started = time.monotonic()
-        code, lines = _run_dvc(spec.name, pool, ids | {"RLHF_TASK_RUN_ID": str(this_task_run.get_id() or "")})
+        ids = ids | {"RLHF_TASK_RUN_ID": str(this_task_run.get_id() or "")}
+        code, lines = _run_dvc(spec.name, pool, ids, started + limit)
     seconds = time.monotonic() - started
     if pool.stopped:
         return Failed(name="Stopped", message="the flow was stopped", data=Outcome("failed", seconds, "stopped"))
+    if code != 0 and seconds >= limit:
+        error = f"stopped after {limit / 60:g} minutes: `timeout_minutes` of the stage in dvc.yaml"
+        return Failed(name="TimedOut", message=error, data=Outcome("failed", seconds, error))
     if code != 0:
         error = error_of(lines)
         return Failed(message=error, data=Outcome("failed", seconds, error))
@@ -87,14 +93,19 @@ def _bring_up_to_date(spec: StageSpec, pool: Pool, ids: dict[str, str]) -> State
     return Completed(name="Cached", message="nothing that it reads has changed", data=Outcome("cached", seconds))
 
 
-def _run_dvc(stage: str, pool: Pool, ids: dict[str, str]) -> tuple[int, list[str]]:
-    """(exit code, printed lines); tried again while somebody else's DVC is at the same files."""
+def _run_dvc(stage: str, pool: Pool, ids: dict[str, str], until: float) -> tuple[int, list[str]]:
+    """(exit code, printed lines); tried again while somebody else's DVC is at the same files. `until`: its last moment.
+
+    Where the pool pulls, DVC fetches what an outdated stage reads, and nothing for one that is up to date.
+    """
     logger = get_run_logger()
     bar = Bar(stage, logger)
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
         lines: list[str] = []
-        with pool.start(["dvc", "--wait-for-lock", "repro", "--single-item", stage], ids) as process:
+        pull = ["--pull", "--allow-missing"] if pool.pull else []
+        command = ["dvc", "--wait-for-lock", "repro", "--single-item", *pull, stage]
+        with pool.start(command, ids) as process, ended_at(process, until):
             assert process.stdout
             for kind, text in split_output(process.stdout.fileno()):
                 if kind == "progress":
@@ -114,7 +125,8 @@ def _run_dvc(stage: str, pool: Pool, ids: dict[str, str]) -> tuple[int, list[str
 class Pool:
     """The DVC processes of one flow: as many at once as fit into memory, and none left when the flow ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, pull: bool = False) -> None:
+        self.pull = pull  # data may be missing here, and are in DVC's cache or remote
         self.stopped = False
         self._changed = threading.Condition()
         self._running: dict[str, float] = {}  # stage -> GB that it may take
@@ -176,6 +188,20 @@ class Pool:
             process.stdout.close()
             with self._changed:
                 self._processes.discard(process)
+
+
+@contextmanager
+def ended_at(process: subprocess.Popen[bytes], moment: float) -> Iterator[None]:
+    """Stop the process when its time is up: the leash asks all below it to stop, and kills what does not."""
+    if math.isinf(moment):
+        yield
+        return
+    timer = threading.Timer(max(0.0, moment - time.monotonic()), process.terminate)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def available_gigabytes() -> float:

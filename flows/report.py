@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,8 @@ from flows.dvc_stage import Outcome
 from tasks.lineage import StageSpec, git_state, locked_outs
 
 SAMPLES = Path("data/reports/evaluation/samples.jsonl")
+METRICS = SAMPLES.parent / "metrics.json"
+SHOWN = 5  # prompts in the Markdown report
 WIDE = 140  # columns from which a whole address fits into the table
 COLOURS = {"ran": "green", "cached": "blue", "failed": "bold red", "not run": "dim"}
 
@@ -44,11 +47,13 @@ class Pipeline:
 
     id: str
     status: str = "KILLED"  # until the flow has got to its end
+    page: str = ""  # the flow run on Prefect's server
+    url: str = ""  # of its MLflow run
 
     @property
     def ids(self) -> dict[str, str]:
         """What a stage's process must know to log under this run."""
-        return {"RLHF_PIPELINE_ID": self.id, "RLHF_FLOW_RUN_ID": self.id}
+        return {"RLHF_PIPELINE_ID": self.id, "RLHF_FLOW_RUN_ID": self.id, "RLHF_FLOW_RUN_URL": self.page}
 
     def row(self, spec: StageSpec, outcome: Outcome) -> Row:
         from tasks import tracking
@@ -67,10 +72,12 @@ def pipeline_record() -> Iterator[Pipeline]:
     """Open the pipeline's MLflow run, and close it however the flow ends."""
     from tasks import tracking  # mlflow takes seconds to import
 
-    pipeline = Pipeline(str(flow_run.get_id()))
+    pipeline = Pipeline(str(flow_run.get_id()), page=flow_run.get_flow_run_ui_url() or "")
     commit, dirty = git_state()
     tags = {"git.commit": commit, "git.dirty": str(dirty).lower(), "prefect.flow_run_id": pipeline.id}
-    tracking.open_pipeline(pipeline.id, tags)
+    if pipeline.page:
+        tags["prefect.url"] = pipeline.page
+    pipeline.url = tracking.open_pipeline(pipeline.id, tags)
     try:
         yield pipeline
     except Exception:
@@ -106,8 +113,12 @@ def _plain(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def publish(report: Report) -> None:
-    """The table as a Prefect artifact, on the flow run's page."""
+def publish(report: Report, record: str) -> None:
+    """On the flow run's page: the table, the evaluation, and the way to MLflow's record."""
+    if record:
+        create_link_artifact(record, "the record in MLflow", key="rlhf-mlflow")
+    if SAMPLES.exists() and not any(row.status == "failed" for row in report):
+        create_markdown_artifact(evaluation(), key="rlhf-evaluation", description="Did it help?")
     rows = [
         {
             "stage": row.stage,
@@ -119,6 +130,37 @@ def publish(report: Report) -> None:
         for row in report
     ]
     create_table_artifact(key="rlhf-stages", table=rows, description="The stages of this run")
+
+
+def evaluation() -> str:
+    """The main figures with their intervals, and some prompts answered by each model, as Markdown."""
+    figures = json.loads(METRICS.read_text())
+    rows = ["| | base | SFT | policy | gain of the policy |", "|---|---|---|---|---|"]
+    for name in ("gold", "score", "fluency"):
+        section = figures.get(name, {})
+        cells = [_interval(section, key) for key in ("base", "sft", "policy", "gain")]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    more = {"win rate over SFT": "win_rate", "KL from SFT, nats": "kl"}
+    rows += ["", *(f"- {told}: {_interval(figures, key)}" for told, key in more.items()), ""]
+    samples = [json.loads(line) for line in SAMPLES.read_text().splitlines()[:SHOWN]]
+    for sample in samples:
+        rows.append(f"**{_quoted(sample['prompt'])}**\n")
+        for model in ("base", "sft", "policy"):
+            score = sample["scores"].get(f"score.{model}")
+            rows.append(f"- {model}{'' if score is None else f' ({score:.2f})'}: {_quoted(sample[model])}")
+        rows.append("")
+    return "\n".join(rows)
+
+
+def _interval(section: dict[str, float], name: str) -> str:
+    if name not in section:
+        return ""
+    return f"{section[name]:.3g} [{section[f'{name}_low']:.3g}, {section[f'{name}_high']:.3g}]"
+
+
+def _quoted(text: str) -> str:
+    """A model's text must not become markup of ours."""
+    return " ".join(re.sub(r"([\\`*_{}\[\]()#+!|<>~$-])", r"\\\1", text).split())
 
 
 def print_report(report: Report, console: Console) -> None:

@@ -32,13 +32,16 @@ from tasks.stage import UserError
 
 
 @flow(name="rlhf", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
-def rlhf(targets: list[str] | None = None) -> State[Report]:
-    """Bring every stage of dvc.yaml up to date, or `targets` and what they need."""
+def rlhf(targets: list[str] | None = None, pull: bool = False) -> State[Report]:
+    """Bring every stage of dvc.yaml up to date, or `targets` and what they need.
+
+    pull: in a fresh workspace, fetch what is needed from DVC's cache or remote, and no more.
+    """
     mend_leftovers()
     specs = needed(load_stages(), targets)
     parents = upstream(specs)
     runs: dict[str, PrefectFuture[State[Outcome]]] = {}
-    with pipeline_record() as pipeline, Pool() as pool:
+    with pipeline_record() as pipeline, Pool(pull) as pool:
         for name, spec in specs.items():
             first = [runs[parent] for parent in parents[name]]
             runs[name] = dvc_stage(spec).submit(spec, pool, pipeline.ids, wait_for=first, return_state=False)
@@ -46,7 +49,7 @@ def rlhf(targets: list[str] | None = None) -> State[Report]:
         report = [pipeline.row(spec, outcome_of(runs[name].state)) for name, spec in specs.items()]
         failed = [row.stage for row in report if row.status == "failed"]
         pipeline.status = "FAILED" if failed else "FINISHED"
-    publish(report)
+    publish(report, pipeline.url)
     return Failed(message=f"failed: {', '.join(failed)}", data=report) if failed else Completed(data=report)
 
 

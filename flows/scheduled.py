@@ -58,7 +58,7 @@ def pipeline(
     with telling_of_failure(notification), open_workspace(run_id(), revision, repository) as workspace:
         with workspace.entered():
             workspace.set_params(params or {})
-            state = rlhf(targets, return_state=True)
+            state = rlhf(targets, pull=True, return_state=True)
             result = finish(workspace, state)
             if state.is_failed():
                 notify(notification, f"The pipeline failed: {state.message}", result)
@@ -142,7 +142,7 @@ def sweep(
     for point in points(grid, samples, seed):
         state = pipeline(revision, targets, point, repository, notification, return_state=True)
         result = state.result(raise_on_failure=False)
-        told = result if isinstance(result, dict) else {}
+        told: dict[str, Any] = result if isinstance(result, dict) else {}
         rows.append({**point, "result": state.name, "branch": told.get("branch", ""), "commit": told.get("commit", "")})
         create_table_artifact(key="rlhf-sweep", table=rows, description="compare: dvc metrics diff COMMIT COMMIT")
     failed = [row for row in rows if row["result"] != "Completed"]

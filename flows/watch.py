@@ -1,8 +1,8 @@
 """Tell Prefect when labels or raw data are new: the event `rlhf.new-labels` starts the deployment `on-new-labels`.
 
-New is what the repository's current commit, or its upstream's after a fetch, says of `data/raw` and `data/labels`: files
-that git keeps, and the hashes in the `.dvc` files of what DVC keeps. Data that `dvc import` or `dvc import-url` brought
-in count as new as soon as their source has changed.
+New is what the repository's current commit, or its upstream's after a fetch, says of `data/raw` and `data/labels`:
+files that git keeps, and the hashes in the `.dvc` files of what DVC keeps. Data that `dvc import` or `dvc import-url`
+brought in count as new as soon as their source has changed.
 """
 
 from __future__ import annotations

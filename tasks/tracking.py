@@ -152,17 +152,18 @@ def masked(text: str) -> str:
 # What the flow uses. None of these raises; where MLflow cannot be reached they return "" and say so once.
 
 
-def open_pipeline(pipeline_id: str, tags: dict[str, str]) -> None:
-    """Make the pipeline's run, or find it, and set it running."""
+def open_pipeline(pipeline_id: str, tags: dict[str, str]) -> str:
+    """Make the pipeline's run, or find it, and set it running; gives its address."""
 
     def work(client: MlflowClient) -> str:
-        run_id = _pipeline_run(client, _experiment(client), pipeline_id, time.time())
+        experiment = _experiment(client)
+        run_id = _pipeline_run(client, experiment, pipeline_id, time.time())
         for key, value in tags.items():
             client.set_tag(run_id, key, masked(value))
         client.update_run(run_id, status="RUNNING")
-        return run_id
+        return run_url(experiment, run_id)
 
-    _attempt(work)
+    return _attempt(work)
 
 
 def link_cached(pipeline_id: str, spec: StageSpec, outs: dict[str, str]) -> str:
@@ -316,8 +317,12 @@ def _start_event(journal_id: str, spec: StageSpec, params: Params) -> Event:
         "mlflow.source.git.commit": commit,
         "mlflow.user": getpass.getuser(),
     }
-    for tag, variable in {"prefect.flow_run_id": "RLHF_FLOW_RUN_ID", "prefect.task_run_id": "RLHF_TASK_RUN_ID"}.items():
-        if variable in os.environ:
+    for tag, variable in {
+        "prefect.flow_run_id": "RLHF_FLOW_RUN_ID",
+        "prefect.task_run_id": "RLHF_TASK_RUN_ID",
+        "prefect.url": "RLHF_FLOW_RUN_URL",
+    }.items():
+        if os.environ.get(variable):
             tags[tag] = os.environ[variable]
     return {
         "kind": "start",
