@@ -20,6 +20,8 @@ check: .venv/installed  ## format, lint and types; a warning is an error
 	@$(BIN)/ruff format --check flows tasks tests bench
 	@$(BIN)/ruff check flows tasks tests bench
 	@$(BIN)/mypy flows tasks tests bench
+	@PATH="$(CURDIR)/$(BIN):$$PATH" hadolint docker/Dockerfile
+	@PATH="$(CURDIR)/$(BIN):$$PATH" check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 
 format: .venv/installed  ## put the code into its format
 	@$(BIN)/ruff format flows tasks tests bench
