@@ -4,17 +4,17 @@ BIN := .venv/bin
 # so that `python` and `dvc` in dvc.yaml's commands are those of .venv
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help run test check format ui bench clean
+.PHONY: help run test check format ui serve stack-local promote rollback replay chat bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-		printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
+		printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 run: .venv/installed .git  ## set up .venv where it is missing, and run the pipeline: what is out of date, nothing else
-	@$(IN_VENV) $(BIN)/python -m flows.rlhf $(STAGES)
+	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf $(STAGES)
 
 test: .venv/installed .git  ## the same environment, and the tests
-	@$(IN_VENV) $(BIN)/python -m pytest $(TESTS)
+	@$(IN_VENV) exec $(BIN)/python -m pytest $(TESTS)
 
 check: .venv/installed  ## format, lint and types; a warning is an error
 	@$(BIN)/ruff format --check flows tasks tests bench
@@ -28,10 +28,28 @@ format: .venv/installed  ## put the code into its format
 	@$(BIN)/ruff check --fix flows tasks tests bench
 
 ui: .venv/installed  ## MLflow on http://127.0.0.1:5000 and Prefect on http://127.0.0.1:4200, until Ctrl-C
-	@$(IN_VENV) $(BIN)/python -m flows.ui
+	@$(IN_VENV) exec $(BIN)/python -m flows.serve --pages
+
+serve: .venv/installed .git  ## the same with a worker that runs the deployments of prefect.yaml on their schedules
+	@$(IN_VENV) exec $(BIN)/python -m flows.serve
+
+stack-local: .venv/installed .git  ## the stack of docker/ without Docker: PostgreSQL, S3, MLflow, Prefect, a worker
+	@$(IN_VENV) exec $(BIN)/python -m flows.stack local
+
+promote: .venv/installed  ## VERSION=policy/3 REASON="...": make it the champion
+	@$(IN_VENV) exec $(BIN)/python -m tasks.registry promote "$(VERSION)" --reason "$(REASON)"
+
+rollback: .venv/installed  ## REASON="...": back to the champion before
+	@$(IN_VENV) exec $(BIN)/python -m tasks.registry rollback --reason "$(REASON)"
+
+replay: .venv/installed  ## VERSION=policy/3 [ONLY=ppo]: make it again, and compare to the bit
+	@$(IN_VENV) exec $(BIN)/python -m flows.replay "$(VERSION)" $(if $(ONLY),--only $(ONLY))
+
+chat: .venv/installed  ## MODEL=models:/policy@champion: talk to it here
+	@$(IN_VENV) exec $(BIN)/python -m tasks.chat "$(or $(MODEL),models:/policy@champion)"
 
 bench: .venv/installed .git  ## speed and memory beside trl's PPO: ONLY=ppo, QUICK=1 for one size in under 15 minutes
-	@$(IN_VENV) $(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
+	@$(IN_VENV) exec $(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
 
 clean:  ## remove the environment and the tools' caches; data, models and records stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

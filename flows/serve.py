@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Self
 
 import httpx
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
@@ -30,17 +32,70 @@ PREFECT_PORT = 4200
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 
 
-class Child(NamedTuple):
-    """A process of ours; where somebody else runs the server, none."""
+@dataclass(frozen=True)
+class Child:
+    """A process to start: `python -m COMMAND`. Without a command somebody else runs it."""
 
     name: str
     command: list[str]
     address: str = ""
     health: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def log(self) -> Path:
-        return get_current_settings().home / f"{self.name.lower()}.log"
+
+class Processes:
+    """Children that end with this context, in the reverse order of their start, and with this process in any case."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for process in reversed(self.running):
+            process.terminate()
+            process.wait()
+
+    def log(self, child: Child) -> Path:
+        return self.logs / f"{child.name.lower()}.log"
+
+    def start(self, child: Child) -> subprocess.Popen[bytes]:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with self.log(child).open("wb") as output:
+            process = subprocess.Popen(
+                leashed([sys.executable, "-m", *child.command]),
+                env=os.environ | QUIET | child.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.running.append(process)
+        return process
+
+    def wait_for(self, server: Child) -> None:
+        """Until it answers; UserError when it does not."""
+        deadline = time.monotonic() + STARTUP_SECONDS
+        while time.monotonic() < deadline and all(process.poll() is None for process in self.running):
+            try:
+                if httpx.get(server.address + server.health, timeout=5).is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.3)
+        raise UserError(f"no answer from {server.name} at {server.address}; see {self.log(server)}")
+
+    def wait(self, now_and_then: Callable[[], object] | None = None, seconds: float = 60) -> int:
+        """Until one of them ends, which none should."""
+        called = -seconds
+        while all(process.poll() is None for process in self.running):
+            if now_and_then is not None and time.monotonic() - called >= seconds:
+                now_and_then()
+                called = time.monotonic()
+            time.sleep(0.5)
+        print(f"error: a server has ended; see the logs in {self.logs}", file=sys.stderr)
+        return 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,53 +104,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--watch-seconds", type=float, default=60, help="how often to look for new labels")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    running: list[subprocess.Popen[bytes]] = []
     print("starting; this takes up to a minute ...", flush=True)
+    mlflow, prefect = servers()
+    api = f"{prefect.address}/api"
     try:
-        for server in servers():
-            if server.command:
-                running.append(start(server, {}))
-        for server in servers():
-            if not answers(server, running):
-                print(f"error: no answer from {server.name} at {server.address}; see {server.log}", file=sys.stderr)
-                return 1
-            print(f"{server.name:<8} {server.address}", flush=True)
-        api = f"{servers()[-1].address}/api"
-        if arguments.pages:
-            print(f"Ctrl-C stops both. To see a run live: PREFECT_API_URL={api} make run", flush=True)
-            return wait(running, None, 0)
-        with temporary_settings({PREFECT_API_URL: api}):
+        with Processes(get_current_settings().home) as up, temporary_settings({PREFECT_API_URL: api}):
+            for server in (mlflow, prefect):
+                if server.command:
+                    up.start(server)
+            for server in (mlflow, prefect):
+                up.wait_for(server)
+                print(f"{server.name:<8} {server.address}", flush=True)
+            if arguments.pages:
+                print(f"Ctrl-C stops both. To see a run live: PREFECT_API_URL={api} make run", flush=True)
+                return up.wait()
             for name in deploy():
                 print(f"deployed {name}", flush=True)
-            running.append(start(worker(), client_environment(api)))
-            print(f"worker   takes runs from the pool `{POOL}`; log: {worker().log}")
-            print("Ctrl-C stops all of it. To run one now: prefect deployment run pipeline/nightly", flush=True)
-            return wait(running, Watcher(Path()), arguments.watch_seconds)
+            up.start(worker(client_environment(api)))
+            print(f"worker   takes runs from the pool `{POOL}`; logs: {up.logs}")
+            print(f"Ctrl-C stops all of it. To run now: PREFECT_API_URL={api} prefect deployment run pipeline/nightly")
+            sys.stdout.flush()
+            return up.wait(Watcher(Path()).look, arguments.watch_seconds)
     except KeyboardInterrupt:
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        for child in reversed(running):  # the worker first, while the servers still take what it has to say
-            child.terminate()
-            child.wait()
 
 
-def servers() -> list[Child]:
+def servers() -> tuple[Child, Child]:
+    """MLflow's and Prefect's."""
     store = tracking_uri()
     mlflow = ["mlflow", "server", "--host=127.0.0.1", f"--port={MLFLOW_PORT}", "--workers=1"]
     prefect = ["prefect", "server", "start", "--host=127.0.0.1", f"--port={PREFECT_PORT}"]
-    return [
+    address = f"http://127.0.0.1:{MLFLOW_PORT}"
+    return (
         Child("MLflow", [], masked(store).rstrip("/"), "/health")
         if store.startswith("http")
-        else Child("MLflow", [*mlflow, f"--backend-store-uri={store}"], f"http://127.0.0.1:{MLFLOW_PORT}", "/health"),
+        else Child("MLflow", mlflow, address, "/health", {"MLFLOW_BACKEND_STORE_URI": store}),
         Child("Prefect", prefect, f"http://127.0.0.1:{PREFECT_PORT}", "/api/health"),
-    ]
+    )
 
 
-def worker() -> Child:
-    return Child("worker", ["prefect", "worker", "start", f"--pool={POOL}", "--type=process"])
+def worker(environment: dict[str, str]) -> Child:
+    return Child("worker", ["prefect", "worker", "start", f"--pool={POOL}"], environment=environment)
 
 
 def client_environment(api: str) -> dict[str, str]:
@@ -106,42 +158,6 @@ def client_environment(api: str) -> dict[str, str]:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "MLFLOW_TRACKING_URI": store if store.startswith("http") else f"http://127.0.0.1:{MLFLOW_PORT}",
     }
-
-
-def start(child: Child, more: dict[str, str]) -> subprocess.Popen[bytes]:
-    child.log.parent.mkdir(parents=True, exist_ok=True)
-    with child.log.open("wb") as output:
-        return subprocess.Popen(
-            leashed([sys.executable, "-m", *child.command]),
-            env=os.environ | QUIET | more,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-
-
-def answers(server: Child, running: list[subprocess.Popen[bytes]]) -> bool:
-    deadline = time.monotonic() + STARTUP_SECONDS
-    while time.monotonic() < deadline and all(child.poll() is None for child in running):
-        try:
-            if httpx.get(server.address + server.health, timeout=5).is_success:
-                return True
-        except httpx.TransportError:
-            time.sleep(0.3)
-    return False
-
-
-def wait(running: list[subprocess.Popen[bytes]], watcher: Watcher | None, seconds: float) -> int:
-    """Until one of them ends, which none should; meanwhile the watcher looks every so many seconds."""
-    looked = -seconds
-    while all(child.poll() is None for child in running):
-        if watcher is not None and time.monotonic() - looked >= seconds:
-            watcher.look()
-            looked = time.monotonic()
-        time.sleep(0.5)
-    print(f"error: a server has ended; see the logs in {get_current_settings().home}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":
