@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tasks.datasets import SideBySide
 from tasks.lineage import hash_path
 from tests.tiny import shell, tiny_model_dir, tiny_repo
 
@@ -22,7 +23,21 @@ ROOT = Path(__file__).parents[2]
 IMPORTS_PYFUNC = pytest.mark.filterwarnings("ignore:.*[Tt]ype hint:UserWarning")  # MLflow warns of its own code
 RESPONSES = ["we are sorry", "dear customer will"]
 MODELS = ("sft", "reward", "policy")
-EVALUATION = {"gold": {"base": 0.3, "sft": 0.5, "policy": 0.75, "gain": 0.25}, "win_rate": 0.8, "kl": 3.5}
+EVALUATION: dict[str, Any] = {
+    "gold": {"base": 0.3, "sft": 0.5, "policy": 0.75, "gain": 0.25},
+    "win_rate": 0.8,
+    "win_rate_low": 0.7,
+    "kl": 3.5,
+    "fluency": {"base": -3.0, "sft": -2.5, "policy": -2.4},
+    "length": {"base": 50.0, "sft": 40.0, "policy": 38.0},
+    "ended": {"base": 0.2, "sft": 0.8, "policy": 1.0},
+}
+REPORTS = {
+    "prepare": {"prepare": {"failed_checks": 0}},
+    "reward": {"reward": {"accuracy": 0.8, "calibration_error": 0.05}},
+    "evaluation": EVALUATION,
+}
+SAMPLES = "data/reports/evaluation/samples.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +48,27 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_model_dir(folder / "data/models" / name, reward=name == "reward", seed=seed)
     shell(folder, "dvc", "add", "--quiet", *(f"data/models/{name}" for name in MODELS))
     shell(folder, "dvc", "push", "--quiet")
-    report = folder / "data/reports/evaluation/metrics.json"
-    report.parent.mkdir(parents=True)
-    report.write_text(json.dumps(EVALUATION))
+    write_reports(folder)
     for file in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / file, folder)
     register(folder)
     return folder
+
+
+def write_reports(folder: Path, gold: float = 0.75, **evaluation: Any) -> None:
+    """The reports that gates read, and 40 answers to held-out prompts with a gold score, put into DVC's cache."""
+    reports = REPORTS | {"evaluation": EVALUATION | evaluation}
+    for name, report in reports.items():
+        file = folder / f"data/reports/{name}/metrics.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report))
+    rows = [
+        SideBySide(prompt=f"p{n}", base="a", sft="b", policy="c", scores={"gold.policy": gold + 0.001 * n})
+        for n in range(40)
+    ]
+    (folder / SAMPLES).unlink(missing_ok=True)  # a hard link to the cache
+    (folder / SAMPLES).write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    shell(folder, "dvc", "add", "--quiet", SAMPLES)
 
 
 def run_register(repo: Path, uri: str = "") -> subprocess.CompletedProcess[str]:
@@ -87,7 +116,7 @@ def test_versions_bear_hash_alias_and_figures(repo: Path) -> None:
     registered = json.loads((repo / "data/reports/registered.json").read_text())
     for name in MODELS:
         md5 = hash_path(repo / "data/models" / name)
-        assert registered[name] == {"version": "1", "md5": md5, "alias": "candidate"}
+        assert registered[name] == {"version": "1", "md5": md5}
         model = client.get_model_version_by_alias(name, "candidate")
         assert model.tags["dvc.md5"] == md5
         assert model.tags["evaluation.gold.gain"] == "0.25"
@@ -110,16 +139,82 @@ def test_the_same_hash_is_the_same_version(repo: Path) -> None:
     assert len(client_of(repo).search_model_versions("name = 'policy'")) == 1
 
 
-def test_another_hash_is_another_version_and_the_alias_comes_back(repo: Path) -> None:
-    policy = repo / "data/models/policy"
-    original = (policy / "config.json").read_bytes()
+def policy_of(repo: Path, alias: str) -> Any:
+    return client_of(repo).get_model_version_by_alias("policy", alias)
+
+
+def change_policy(repo: Path, more: str) -> None:
+    """The first policy with more white space at the end of a file: another to the hash, the same to a reader."""
+    config = repo / "data/models/policy/config.json"
     shell(repo, "dvc", "unprotect", "data/models/policy")
-    (policy / "config.json").write_bytes(original + b"\n")
-    assert register(repo)["policy"]["version"] == "2"
-    (policy / "config.json").write_bytes(original)
+    config.write_text(config.read_text().rstrip() + "\n" + more)
+
+
+def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
+    """One after another, as in a team's life."""
+    # 1. the first of all has no rival, and passed
+    first = policy_of(repo, "champion")
+    assert str(first.version) == "1"
+    assert first.tags["gates.passed"] == "true"
+    assert first.tags["gates.rival"] == ""
+    assert first.tags["gate.reward_accuracy"] == "0.8, at least 0.65 asked: passed"
+    assert first.tags["champion.author"] == "gates"
+    assert "- win_rate_low: 0.7, at least 0.55 asked: passed" in first.description
+    assert {str(client_of(repo).get_model_version_by_alias(name, "champion").version) for name in MODELS} == {"1"}
+
+    # 2. another policy, no better than the champion on the same prompts
+    change_policy(repo, "\n")
     registered = register(repo)
-    assert (registered["policy"]["version"], registered["sft"]["version"]) == ("1", "1")
-    assert str(client_of(repo).get_model_version_by_alias("policy", "candidate").version) == "1"
+    assert registered["policy"]["version"] == "2"
+    assert registered["champion"] == "refused: champion_win_rate_low"
+    assert str(policy_of(repo, "candidate").version) == "2"
+    assert str(policy_of(repo, "champion").version) == "1"
+    refused = policy_of(repo, "candidate")
+    assert refused.tags["gates.failed"] == "champion_win_rate_low"
+    assert "held against: policy/1" in refused.description
+
+    # 3. the same policy with better answers to more than half of the prompts
+    write_reports(repo, gold=0.95)
+    assert register(repo)["champion"] == "promoted"
+    champion = policy_of(repo, "champion")
+    assert str(champion.version) == "2"
+    assert champion.tags["champion.replaced"] == "1"
+    assert champion.tags["gate.champion_win_rate_low"] == "1, at least 0.51 asked: passed"
+    assert str(client_of(repo).get_model_version_by_alias("sft", "champion").version) == "1"
+
+    # 4. again: the same file, held against the same rival
+    before = (repo / "data/reports/registered.json").read_bytes()
+    register(repo)
+    assert (repo / "data/reports/registered.json").read_bytes() == before
+
+    # 5. the old one comes back as a candidate, and no further
+    change_policy(repo, "")
+    write_reports(repo)
+    registered = register(repo)
+    assert registered["policy"]["version"] == "1"
+    assert registered["champion"] == "refused: champion_win_rate_low"
+    assert str(policy_of(repo, "candidate").version) == "1"
+    assert str(policy_of(repo, "champion").version) == "2"
+
+    # 6. a missed gate says by how much
+    write_reports(repo, kl=45.5)
+    register(repo)
+    assert policy_of(repo, "candidate").tags["gate.kl"] == "45.5, at most 40 asked: failed by 5.5"
+
+    # 7. with approval a person has the last word
+    change_policy(repo, "\n\n")
+    write_reports(repo, gold=0.99)
+    params = repo / "params.yaml"
+    params.write_text(params.read_text().replace("approval: false", "approval: true"))
+    registered = register(repo)
+    assert registered["champion"] == "waits for approval"
+    assert str(policy_of(repo, "champion").version) == "2"
+
+    # as the tests below expect it
+    params.write_text(params.read_text().replace("approval: true", "approval: false"))
+    change_policy(repo, "")
+    write_reports(repo)
+    assert register(repo)["policy"]["version"] == "1"
 
 
 def test_loads_by_alias_from_another_process_and_folder(repo: Path, tmp_path: Path) -> None:
