@@ -1,8 +1,8 @@
-"""Remove what scheduled runs leave behind: `python -m flows.prune`.
+"""Remove what scheduled runs leave behind: `python -m flows.prune [--gc]`.
 
-Workspaces go when nobody works in them and they are old; branches `runs/ID` go when there are more than asked for.
-A branch whose commit a registered version was made from stays: with it `dvc gc --all-branches` keeps what the version
-needs. This is the only place that calls `dvc gc`.
+Workspaces go when nobody works in them and they are old; branches `runs/ID` go when there are more than asked for, but
+for those that a registered version was made from. With --gc, DVC's cache loses what no branch and no tag needs: what
+registered versions were made of is on a branch of its own, `rlhf/registered`, so it stays.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import argparse
 import contextlib
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.workspace import BRANCHES, WORKSPACES, Workspace, git, held
+from flows.replay import Store, lineage
+from flows.workspace import BRANCHES, WORKSPACES, Workspace, git, held, identity
+from tasks.lineage import load_stages
 from tasks.stage import UserError
 from tasks.tracking import connect, masked, tracking_uri
+
+
+KEPT = "rlhf/registered"
 
 
 class Removed(NamedTuple):
@@ -75,6 +81,53 @@ def registered_commits() -> set[str]:
     }
 
 
+def collect_garbage(repository: Path) -> int:
+    """`dvc gc` where it can hurt nobody; returns how many objects of registered versions it was told to keep."""
+    root = Path(git(repository, "rev-parse", "--show-toplevel")) / WORKSPACES
+    with contextlib.ExitStack() as idle:
+        for folder in root.glob("*/"):
+            idle.enter_context(held(root, folder.name))  # what a run has made is on no branch yet
+        kept = registered_data(repository)
+        keep_on_branch(repository, kept)
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "gc", "--force", "--quiet", "--workspace", "--all-branches", "--all-tags"],
+            cwd=repository,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise UserError(f"`dvc gc` failed: {done.stderr.strip()[-2000:]}")
+    return len(kept)
+
+
+def registered_data(repository: Path) -> set[str]:
+    """DVC's hashes of every registered model, and of all that the policies were made from."""
+    client, store = connect(), Store(repository)
+    kept = set()
+    for version in client.search_model_versions():
+        tags = version.tags
+        kept |= {tags[key] for key in ("dvc.md5", "evaluation.samples") if tags.get(key)}
+        if version.name == "policy":
+            with contextlib.suppress(UserError), tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "dvc.yaml").write_text(git(repository, "show", f"{tags['git.commit']}:dvc.yaml"))
+                runs = lineage(client, tags["dvc.path"], tags["dvc.md5"], load_stages(Path(folder)), store)
+                kept |= {md5 for run in runs for md5 in (*run.deps.values(), *run.outs.values())}
+    return kept
+
+
+def keep_on_branch(repository: Path, hashes: set[str]) -> None:
+    """A branch of `.dvc` files, one an object, which `dvc gc --all-branches` reads as it reads any other."""
+    lines = []
+    for md5 in sorted(hashes):
+        text = f"outs:\n- md5: {md5}\n  hash: md5\n  path: {md5}\n"
+        blob = git(repository, "hash-object", "-w", "--stdin", text=text)
+        lines.append(f"100644 blob {blob}\t{md5}.dvc\n")
+    tree = git(repository, "mktree", text="".join(lines))
+    commit = git(repository, *identity(repository), "commit-tree", "-m", "What registered versions were made of", tree)
+    git(repository, "update-ref", f"refs/heads/{KEPT}", commit)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.prune", description=__doc__.splitlines()[0])
     parser.add_argument("--keep-days", type=float, default=7, help="workspaces untouched for longer go")
@@ -96,8 +149,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except subprocess.CalledProcessError:
-        return 1
     except (MlflowException, OSError) as error:
         print(f"error: MLflow at {masked(tracking_uri())}: {masked(str(error)).splitlines()[0]}", file=sys.stderr)
         return 2

@@ -85,7 +85,7 @@ class Workspace:
         present = [name for name in RECORDED if (self.path / name).exists()]
         git(self.path, "add", "--", *present)
         if git(self.path, "status", "--porcelain", "--untracked-files=no"):
-            git(self.path, *_identity(self.path), "commit", "--quiet", "--no-verify", "-m", message)
+            git(self.path, *identity(self.path), "commit", "--quiet", "--no-verify", "-m", message)
         return git(self.path, "rev-parse", "HEAD")
 
     def push(self) -> list[str]:
@@ -227,21 +227,22 @@ def remote_of(folder: Path) -> str:
     return _run(["dvc", "config", "core.remote"], folder).stdout.strip()
 
 
-def git(folder: Path, *args: str) -> str:
-    done = _run(["git", *args], folder)
+def git(folder: Path, *args: str, text: str | None = None) -> str:
+    """What git says. text: what it reads."""
+    done = _run(["git", *args], folder, text)
     if done.returncode:
         raise UserError(f"`git {' '.join(args)}` in {folder.resolve()}: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], folder: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return subprocess.run(
-        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, input=text, check=False
     )
 
 
-def _identity(folder: Path) -> list[str]:
+def identity(folder: Path) -> list[str]:
     """For `git commit` on machines where nobody has introduced themselves."""
     known = _run(["git", "config", "user.email"], folder).stdout.strip()
     return [] if known else ["-c", "user.name=rlhf", "-c", "user.email=rlhf@localhost"]

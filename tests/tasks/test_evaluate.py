@@ -24,9 +24,8 @@ from tasks.evaluate import (
     run,
     side_by_side,
     summarize,
-    wins,
-    with_interval,
 )
+from tasks.intervals import wins, with_interval
 from tasks.labels.gold import WEIGHTS, gold_score
 from tasks.lineage import load_stages
 from tasks.models import encode_prompt, load_language_model, load_scalar_model, load_tokenizer, save_model, split_model
@@ -117,7 +116,7 @@ FAKE = {
 
 
 def test_summary_by_hand() -> None:
-    figures = flatten(summarize(FAKE, seed=1, resamples=200))
+    figures = flatten(summarize(FAKE, seed=1, times=200))
     assert set(figures) >= PROMISED
     by_hand = {
         "prompts": 4,
@@ -140,7 +139,7 @@ def test_the_intervals_are_paired() -> None:
     """A gain that is the same on every prompt is certain, however much the prompts differ."""
     sft = answers_with([0.1, 0.5, 0.9, 0.3], [0.0] * 4, [0.0] * 4)
     policy = sft._replace(gold=sft.gold + 0.05)
-    figures = summarize({"base": sft, "sft": sft, "policy": policy}, seed=1, resamples=100)["gold"]
+    figures = summarize({"base": sft, "sft": sft, "policy": policy}, seed=1, times=100)["gold"]
     assert figures["gain_low"] == pytest.approx(0.05, abs=1e-6)
     assert figures["gain_high"] == pytest.approx(0.05, abs=1e-6)
     assert figures["sft_high"] - figures["sft_low"] > 0.1

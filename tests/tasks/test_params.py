@@ -29,7 +29,7 @@ def changed(old: str, new: str) -> str:
 
 def test_the_default_is_good(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(GOOD)
-    assert load_params(tmp_path / "params.yaml").register_.alias == "candidate"
+    assert load_params(tmp_path / "params.yaml").register_.gates.kl == 40
 
 
 def test_unknown_key_is_named_with_the_nearest(tmp_path: Path) -> None:
