@@ -22,7 +22,6 @@ from tasks.lineage import load_stages
 from tasks.stage import UserError
 from tasks.tracking import connect, masked, tracking_uri
 
-
 KEPT = "rlhf/registered"
 
 
