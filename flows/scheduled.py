@@ -55,7 +55,8 @@ def pipeline(
     notification: the slug of a Prefect notification block, such as `custom-webhook/team`.
     Tried again, it goes on in the same workspace: what is done stays done, a killed stage goes on from its checkpoint.
     """
-    with telling_of_failure(notification), open_workspace(run_id(), revision, repository) as workspace:
+    id = str(flow_run.get_id())  # the same in every attempt
+    with telling_of_failure(notification), open_workspace(id, revision, repository) as workspace:
         with workspace.entered():
             workspace.set_params(params or {})
             state = rlhf(targets, pull=True, return_state=True)
@@ -82,11 +83,6 @@ def telling_of_failure(notification: str | None) -> Iterator[None]:
     except Exception as error:
         notify(notification, f"The pipeline failed: {error}", {})
         raise
-
-
-def run_id() -> str:
-    """The same in every attempt of a flow run, and sorted by time."""
-    return f"{flow_run.get_scheduled_start_time():%Y%m%d-%H%M%S}-{str(flow_run.get_id())[:8]}"
 
 
 def registered() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A place of its own for a run: the repository at one revision, in a folder where nobody else works.
 
-    with open_workspace("20261122-0300-1a2b3c4d", revision="main") as workspace, workspace.entered():
+    with open_workspace("0193f2a1", revision="main") as workspace, workspace.entered():
         ...
         workspace.record("nightly")
 

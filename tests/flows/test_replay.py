@@ -36,7 +36,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_repo(root / "repo")
     for name in ("tasks", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)  # type: ignore[operator]
+        copy(ROOT / name, folder / name)
     params = yaml.load(folder / "params.yaml")
     params["base"].update(model=f"folder:{model}", sha256=folder_sha256(model), chat_template=None)
     params["text"].update(max_prompt_tokens=150, max_response_tokens=70)

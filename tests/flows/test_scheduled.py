@@ -1,0 +1,229 @@
+"""Scheduled runs on the toy repository, reporting to a real Prefect server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.settings import get_current_settings
+
+from flows import scheduled
+from flows.scheduled import points
+from tasks.stage import UserError
+from tests.flows.toy import Toy, wait_until
+from tests.tiny import shell
+
+# their states hold a state's data: too much for Prefect's types
+pipeline: Any = scheduled.pipeline
+sweep: Any = scheduled.sweep
+prune: Any = scheduled.prune
+
+REGISTER = """
+  register:
+    cmd: python register.py
+    deps: [register.py, last.txt]
+    outs: [{data/reports/registered.json: {cache: false}}]
+"""
+
+
+@pytest.fixture
+def repo(in_toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """The toy with everything committed, parameters, and a last stage that tells what became of the champion."""
+    root = in_toy.root
+    (root / "dvc.yaml").write_text((root / "dvc.yaml").read_text() + REGISTER)
+    (root / "params.yaml").write_text("toy: {size: 1, name: x}\n")
+    (root / ".gitignore").write_text("/.rlhf/\n/.remote/\n__pycache__/\n")
+    monkeypatch.setattr("flows.rlhf.load_params", lambda _path: None, raising=False)
+    champion(root, "promoted")
+    shell(root, "git", "config", "user.email", "toy@example.com")
+    shell(root, "git", "config", "user.name", "Toy")
+    shell(root, "dvc", "remote", "add", "--quiet", "--force", "--default", "local", str(root.parent / "remote"))
+    commit(root)
+    return in_toy
+
+
+def champion(root: Path, what: str) -> None:
+    told = {"champion": what, "policy": {"version": "3"}}
+    (root / "register.py").write_text(
+        "from pathlib import Path\nfile = Path('data/reports/registered.json')\n"
+        f"file.parent.mkdir(parents=True, exist_ok=True)\nfile.write_text({json.dumps(told)!r})\n"
+    )
+
+
+def commit(root: Path) -> None:
+    shell(root, "git", "add", ".")
+    shell(root, "git", "commit", "--quiet", "--allow-empty", "-m", "Toy")
+
+
+def untouched(root: Path) -> tuple[str, str]:
+    return shell(root, "git", "rev-parse", "HEAD"), shell(root, "git", "status", "--porcelain")
+
+
+@pytest.fixture
+def webhook(repo: Toy) -> Iterator[list[str]]:
+    """A notification block `custom-webhook/team`, and what it was sent."""
+    received: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["content-length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    block = CustomWebhookNotificationBlock(
+        name="team", url=f"http://127.0.0.1:{server.server_port}/", json_data={"text": "{{subject}}: {{body}}"}
+    )
+    block.save("team", overwrite=True)
+    yield received
+    server.shutdown()
+
+
+def test_a_run_in_its_own_workspace(repo: Toy, webhook: list[str]) -> None:
+    before = untouched(repo.root)
+    state = pipeline(params={"toy.size": 2}, notification="custom-webhook/team", return_state=True)
+    assert state.is_completed(), state.message
+    result = state.result()
+    assert untouched(repo.root) == before
+    assert not (repo.root / "last.txt").exists()
+    assert not list((repo.root / ".rlhf/workspaces").glob("*/"))
+    assert "size: 2" in shell(repo.root, "git", "show", f"{result['branch']}:params.yaml")
+    assert "last.txt" in shell(repo.root, "git", "show", f"{result['branch']}:dvc.lock")
+    assert len(webhook) == 1
+    assert "policy/3 is the champion now" in webhook[0]
+    assert result["branch"] in webhook[0]
+
+    # nothing has changed since: every stage is cached, and no data come
+    again = pipeline(revision=result["branch"], return_state=True)
+    runs = task_states(again)
+    assert {name: runs[name] for name in ("left", "right", "last")} == dict.fromkeys(
+        ("left", "right", "last"), "Cached"
+    )
+
+
+def task_states(state: Any) -> dict[str, str]:
+    """Of the stages of the flow run's subflow, once they have all arrived at the server."""
+    api = get_current_settings().api.url
+
+    def ask(what: str, wanted: Any) -> Any:
+        return httpx.post(f"{api}/{what}/filter", json=wanted).raise_for_status().json()
+
+    def seen() -> dict[str, str]:
+        parents = ask("task_runs", {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}})
+        ids = [run["state"]["state_details"]["child_flow_run_id"] for run in parents]
+        runs = ask("task_runs", {"flow_runs": {"id": {"any_": [one for one in ids if one]}}})
+        return {run["name"]: run["state"]["name"] for run in runs}
+
+    assert wait_until(lambda: len(seen()) == 4 and "Running" not in seen().values())
+    return seen()
+
+
+def test_a_missed_gate_is_told(repo: Toy, webhook: list[str]) -> None:
+    champion(repo.root, "refused: kl")
+    commit(repo.root)
+    assert pipeline(notification="custom-webhook/team", return_state=True).is_completed()
+    assert "A policy missed its gates: kl" in webhook[0]
+
+
+def test_a_failure_is_told_and_the_retry_goes_on_in_the_same_workspace(repo: Toy, webhook: list[str]) -> None:
+    (repo.root / "fail-last.txt").write_text("mistake")
+    commit(repo.root)
+    flow = pipeline.with_options(retry_delay_seconds=0)
+    state = flow(notification="custom-webhook/team", return_state=True)
+    # the toy's stage fails once: the second attempt of the flow finds the others done
+    assert state.is_completed(), state.message
+    assert task_states(state) | {"register": ""} == {
+        "left": "Cached",
+        "right": "Cached",
+        "last": "Completed",
+        "register": "",
+    }
+    assert "The pipeline failed: failed: last" in webhook[0]
+    assert "is the champion now" in webhook[1]
+
+
+def test_what_cannot_start_is_told(repo: Toy, webhook: list[str]) -> None:
+    flow = pipeline.with_options(retries=0)
+    state = flow(revision="nowhere", notification="custom-webhook/team", return_state=True)
+    assert state.is_failed()
+    assert "has no commit `nowhere`" in webhook[0]
+    assert shell(repo.root, "git", "branch", "--list", "runs/*") == ""
+
+
+def test_a_notification_that_cannot_be_sent_stops_nothing(repo: Toy) -> None:
+    assert pipeline(notification="custom-webhook/nobody", return_state=True).is_completed()
+
+
+@pytest.mark.parametrize("approve", [True, False])
+def test_a_person_is_asked(repo: Toy, approve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    champion(repo.root, "waits for approval")
+    commit(repo.root)
+    asked: list[dict[str, Any]] = []
+
+    def answer(wait_for_input: Any, timeout: int) -> Any:
+        asked.append({"description": wait_for_input._description, "timeout": timeout})
+        return scheduled.Approval(approve=approve, name="ann", reason="looked at it")
+
+    promoted: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(scheduled, "pause_flow_run", answer)
+    monkeypatch.setattr(
+        "tasks.registry.promote", lambda _client, number, author, reason: promoted.append((number, author, reason))
+    )
+    client = type("Client", (), {"get_model_version": lambda *_: type("V", (), {"description": "- kl: passed"})})
+    monkeypatch.setattr("tasks.tracking.connect", client)
+    assert pipeline(approval_hours=2, return_state=True).is_completed()
+    assert asked[0]["timeout"] == 7200
+    assert "policy/3 passed its gates" in asked[0]["description"]
+    assert promoted == ([("3", "ann", "looked at it")] if approve else [])
+
+
+def test_a_sweep(repo: Toy) -> None:
+    state = sweep({"toy.size": [1, 2], "toy.name": ["a"]}, return_state=True)
+    assert state.is_completed(), state.message
+    rows = state.result()
+    assert [(row["toy.size"], row["toy.name"], row["result"]) for row in rows] == [
+        (1, "a", "Completed"),
+        (2, "a", "Completed"),
+    ]
+    shown = [shell(repo.root, "git", "show", f"{row['branch']}:params.yaml") for row in rows]
+    assert "size: 1, name: a" in shown[0]
+    assert "size: 2, name: a" in shown[1]
+
+
+def test_points_of_a_sweep() -> None:
+    grid: dict[str, list[Any]] = {"a": [1, 2], "b": ["x", "y", "z"]}
+    every = points(grid, None, 1)
+    assert every == [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y", "z")]
+    some = points(grid, 4, 1)
+    assert len(some) == 4
+    assert all(point in every for point in some)
+    assert [point for number, point in enumerate(some) if point in some[:number]] == []
+    assert points(grid, 4, 1) == some != points(grid, 4, 2)
+    assert len(points(grid, 99, 1)) == 6
+    wrong: list[Any] = [{}, {"a": []}, {"a": 3}]
+    for one in wrong:
+        with pytest.raises(UserError, match="the grid must give values for each key"):
+            points(one, None, 1)
+
+
+def test_pruning(repo: Toy) -> None:
+    pipeline(return_state=True)
+    (repo.root / "fail-last.txt").write_text("mistake mistake mistake")
+    commit(repo.root)
+    pipeline.with_options(retries=0)(return_state=True)
+    assert len(list((repo.root / ".rlhf/workspaces").glob("*/"))) == 1
+    state = prune(keep_days=0, keep_branches=1, return_state=True)
+    assert state.message == "removed: 1 workspaces, 1 branches"
+    assert not list((repo.root / ".rlhf/workspaces").glob("*/"))
+    assert shell(repo.root, "git", "branch", "--list", "runs/*").count("runs/") == 1

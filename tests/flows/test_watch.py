@@ -1,0 +1,108 @@
+"""An event when labels or raw data are new, and not otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import watch
+from flows.watch import Watcher
+from tests.tiny import shell, tiny_repo
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(watch, "emit_event", lambda event, **more: sent.append({"event": event, **more}))
+    return sent
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tiny_repo(tmp_path / "repo")
+    (folder / "data/raw").mkdir(parents=True)
+    (folder / "data/raw/tickets.jsonl").write_text("{}\n")
+    shell(folder, "dvc", "add", "--quiet", "data/raw/tickets.jsonl")
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    shell(folder, "git", "add", ".")
+    shell(folder, "git", "commit", "--quiet", "--allow-empty", "-m", "Change")
+
+
+def test_new_raw_data_and_labels_are_told_once(
+    repository: Path, events: list[dict[str, Any]], prefect_api: str
+) -> None:
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        watcher = Watcher(repository)
+        assert not watcher.look()  # the first look takes note
+        assert not watcher.look()
+        (repository / "README").write_text("new")
+        commit(repository)
+        assert not watcher.look(), "another file is no label"
+
+        (repository / "data/raw/tickets.jsonl").unlink()
+        (repository / "data/raw/tickets.jsonl").write_text("{}\n{}\n")
+        shell(repository, "dvc", "add", "--quiet", "data/raw/tickets.jsonl")
+        assert not watcher.look(), "what is not committed cannot be run"
+        commit(repository)
+        assert watcher.look()
+        assert not watcher.look()
+        assert not Watcher(repository).look(), "a restart tells nothing twice"
+
+        (repository / "data/labels").mkdir()
+        (repository / "data/labels/ann.jsonl").write_text("{}\n")
+        commit(repository)
+        assert watcher.look()
+    head = shell(repository, "git", "rev-parse", "HEAD").strip()
+    assert [event["event"] for event in events] == ["rlhf.new-labels"] * 2
+    assert events[-1]["payload"] == {"revision": head}
+
+
+def test_what_others_push_is_seen(
+    repository: Path, tmp_path: Path, events: list[dict[str, Any]], prefect_api: str
+) -> None:
+    mine = tmp_path / "mine"
+    shell(tmp_path, "git", "clone", "--quiet", str(repository), str(mine))
+    before = shell(mine, "git", "rev-parse", "HEAD")
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        watcher = Watcher(mine)
+        watcher.look()
+        (repository / "data/labels").mkdir()
+        (repository / "data/labels/bo.jsonl").write_text("{}\n")
+        commit(repository)
+        assert watcher.look()
+    assert events[0]["payload"] == {"revision": shell(repository, "git", "rev-parse", "HEAD").strip()}
+    assert shell(mine, "git", "rev-parse", "HEAD") == before, "the repository is left as it was"
+
+
+def test_an_import_counts_when_its_source_changes(
+    repository: Path, tmp_path: Path, events: list[dict[str, Any]], prefect_api: str
+) -> None:
+    source = tmp_path / "source.jsonl"
+    source.write_text("{}\n")
+    shell(repository, "dvc", "import-url", "--quiet", str(source), "data/raw/source.jsonl")
+    commit(repository)
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        watcher = Watcher(repository)
+        watcher.look()
+        assert not watcher.look()
+        source.write_text("{}\n{}\n")
+        assert watcher.look()
+        assert not watcher.look()
+
+
+def test_a_source_that_cannot_be_reached_is_a_warning(
+    repository: Path, tmp_path: Path, events: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], prefect_api: str
+) -> None:
+    mine = tmp_path / "mine"
+    shell(tmp_path, "git", "clone", "--quiet", str(repository), str(mine))
+    repository.rename(tmp_path / "gone")
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        assert not Watcher(mine).look()
+    assert "warning: cannot look for new labels" in capsys.readouterr().err
