@@ -20,9 +20,10 @@ from flows.replay import Store, difference_of_files, lineage, literal, recorded_
 from flows.workspace import open_workspace
 from tasks.base import folder_sha256
 from tasks.lineage import hash_path, load_stages
-from tasks.registered_model import fetch
 from tests.tiny import shell, tiny_model_dir, tiny_repo
 
+# MLflow warns of its own code
+pytestmark = pytest.mark.filterwarnings("ignore:.*[Tt]ype hint:UserWarning")
 ROOT = Path(__file__).parents[2]
 OUT = "data/prepared"
 yaml = YAML()
@@ -181,6 +182,8 @@ def test_garbage_collection_keeps_what_a_registered_version_was_made_of(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its branch is gone, the workspace has other data by now, and the cache is all that there is."""
+    from tasks.registered_model import fetch
+
     monkeypatch.chdir(repository)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{repository / 'mlflow.db'}")
     lost = repository / "data/lost.txt"

@@ -87,6 +87,7 @@ def test_what_cannot_be_talked_to_is_told(tmp_path: Path, monkeypatch: pytest.Mo
         load("models:/policy@champion")
 
 
+@pytest.mark.filterwarnings("ignore:.*[Tt]ype hint:UserWarning")  # MLflow warns of its own code
 def test_a_registered_version(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Through MLflow, with what `register` stores."""
     import mlflow
@@ -108,7 +109,7 @@ def test_a_registered_version(tmp_path: Path, folder: Path, monkeypatch: pytest.
         model_config=config | {"max_new_tokens": 7, "batch_size": 1},
         pip_requirements=[],
     )
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     client.create_registered_model("policy")
     client.create_model_version("policy", str(tmp_path / "saved"))
     client.set_registered_model_alias("policy", "champion", "1")

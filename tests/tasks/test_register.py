@@ -66,9 +66,10 @@ def write_reports(folder: Path, gold: float = 0.75, **evaluation: Any) -> None:
         SideBySide(prompt=f"p{n}", base="a", sft="b", policy="c", scores={"gold.policy": gold + 0.001 * n})
         for n in range(40)
     ]
-    (folder / SAMPLES).unlink(missing_ok=True)  # a hard link to the cache
     (folder / SAMPLES).write_text("".join(row.model_dump_json() + "\n" for row in rows))
-    shell(folder, "dvc", "add", "--quiet", SAMPLES)
+    copy = folder / f"answers-{gold}.jsonl"  # dvc.yaml has SAMPLES as an out
+    shutil.copy(folder / SAMPLES, copy)
+    shell(folder, "dvc", "add", "--quiet", copy.name)
 
 
 def run_register(repo: Path, uri: str = "") -> subprocess.CompletedProcess[str]:
