@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import growth, ppo, shares, time_to_reward
+from bench import growth, machinery, ppo, shares, time_to_reward
 
 RESULTS = Path(__file__).parent / "results.json"
-BENCHES: dict[str, Any] = {"ppo": ppo, "shares": shares, "time_to_reward": time_to_reward, "growth": growth}
+BENCHES: dict[str, Any] = {"ppo": ppo, "shares": shares, "time_to_reward": time_to_reward, "growth": growth,
+    "machinery": machinery,
+}
 # what names a measurement: a new one replaces the old
 KEY = (
     "bench",
@@ -28,6 +30,7 @@ KEY = (
     "seed",
     "budget_s",
     "trainable_layers",
+    "what",
 )
 
 

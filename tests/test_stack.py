@@ -1,0 +1,219 @@
+"""The server stack without Docker: the real stages on a tiny model, as a scheduled deployment, on PostgreSQL and S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from tasks.lineage import load_stages
+from tests.test_pipeline import lock_of
+from tests.tiny import shell
+
+ROOT = Path(__file__).parents[1]
+SECRET = "planted-secret-8f3a1c"
+yaml = YAML()
+
+
+class Stack:
+    """`python -m flows.stack local` in a repository, and the settings that it printed."""
+
+    def __init__(self, process: subprocess.Popen[str], settings: dict[str, str], folder: Path) -> None:
+        self.process, self.settings, self.folder = process, settings, folder
+
+    def post(self, path: str, **wanted: Any) -> Any:
+        return (
+            httpx.post(f"{self.settings['PREFECT_API_URL']}/{path}", json=wanted, timeout=30).raise_for_status().json()
+        )
+
+
+@pytest.fixture(scope="module")
+def repo(make_repo: Any) -> Path:
+    """The tiny repository with a commit and the DVC remote on S3; its nightly run is due in half a minute, once."""
+    folder: Path = make_repo("stack")
+    for name in ("prefect.yaml", "Makefile"):
+        shutil.copy(ROOT / name, folder)
+    shell(folder, "git", "config", "user.name", "Test")
+    shell(folder, "git", "config", "user.email", "test@example.com")
+    shell(folder, "dvc", "remote", "add", "--quiet", "--default", "store", "s3://dvc/rlhf")
+    deployments = yaml.load(folder / "prefect.yaml")
+    nightly = next(one for one in deployments["deployments"] if one["name"] == "nightly")
+    due = datetime.now(UTC) + timedelta(seconds=90)
+    nightly["schedules"] = [{"interval": 86400, "anchor_date": due.isoformat(), "timezone": "UTC"}]
+    yaml.dump(deployments, folder / "prefect.yaml")
+    shell(folder, "git", "add", ".")
+    shell(folder, "git", "commit", "--quiet", "-m", "Start")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stack(repo: Path) -> Iterator[Stack]:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RLHF_", "MLFLOW_"))
+    }
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(repo / ".prefect"),
+        "PYTHONUNBUFFERED": "1",
+        "PLANTED_TOKEN": SECRET,
+    }
+    log = repo.parent / "stack.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.stack", "local"],
+            cwd=repo,
+            env=environment,
+            text=True,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not (found := re.search(r"In another shell: \. (\S+)", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        file = Path(found[1])
+        lines = [line.removeprefix("export ").split("=", 1) for line in file.read_text().splitlines()]
+        yield Stack(process, dict(lines), file.parent)
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def flow_run(stack: Stack) -> dict[str, Any]:
+    """The scheduled run, once it has ended."""
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        runs = stack.post("flow_runs/filter", flows={"name": {"any_": ["pipeline"]}}, sort="EXPECTED_START_TIME_ASC")
+        ended = [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
+        if ended:
+            run: dict[str, Any] = ended[0]
+            assert run["state_type"] == "COMPLETED", (run["state"], (stack.folder / "worker.log").read_text()[-5000:])
+            assert run["auto_scheduled"]
+            return run
+        time.sleep(2)
+    raise AssertionError((stack.folder / "worker.log").read_text()[-5000:])
+
+
+def test_the_scheduled_run_gives_the_same_bits_as_dvc(repo: Path, by_dvc: Path, flow_run: dict[str, Any]) -> None:
+    branch = f"runs/{flow_run['id']}"
+    lock = YAML(typ="safe").load(shell(repo, "git", "show", f"{branch}:dvc.lock"))
+    assert lock == lock_of(by_dvc)
+    reports = shell(repo, "git", "ls-tree", "-r", "--name-only", branch, "--", "data").split()
+    assert "data/reports/evaluation/metrics.json" in reports
+    assert shell(repo, "git", "status", "--porcelain") == ""
+    assert not (repo / "data/models").exists()
+    assert not list((repo / ".rlhf/workspaces").glob("*/"))
+
+
+def test_it_loads_from_the_registry_and_s3_alone(
+    repo: Path, stack: Stack, flow_run: dict[str, Any], tmp_path: Path
+) -> None:
+    hidden = repo / ".dvc/hidden"
+    (repo / ".dvc/cache").rename(hidden)
+    code = (
+        "import json, mlflow\n"
+        "policy = mlflow.pyfunc.load_model('models:/policy@candidate')\n"
+        "print(json.dumps(policy.predict(['Customer: Ann'])))\n"
+    )
+
+    def load() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **stack.settings},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    try:
+        done = load()
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout.splitlines()[-1])) == 1
+        damage(stack)
+        done = load()
+        assert "is damaged: s3://dvc/rlhf" in done.stderr
+    finally:
+        hidden.rename(repo / ".dvc/cache")
+
+
+def damage(stack: Stack) -> None:
+    """One bit of every object on S3 that holds weights."""
+    import boto3
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=stack.settings["AWS_ENDPOINT_URL"],
+        aws_access_key_id=stack.settings["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=stack.settings["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+    for entry in client.list_objects_v2(Bucket="dvc", Prefix="rlhf/files")["Contents"]:
+        if entry["Size"] > 50_000:
+            content = client.get_object(Bucket="dvc", Key=entry["Key"])["Body"].read()
+            client.put_object(Bucket="dvc", Key=entry["Key"], Body=content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_prefect_shows_it_and_links_to_mlflow_and_back(stack: Stack, flow_run: dict[str, Any], repo: Path) -> None:
+    from mlflow import MlflowClient
+
+    artifacts = stack.post("artifacts/filter", limit=200)
+    keys = {one["key"] for one in artifacts}
+    assert {"rlhf-stages", "rlhf-evaluation", "rlhf-mlflow", "rlhf-ppo"} <= keys
+    link = next(one["data"] for one in artifacts if one["key"] == "rlhf-mlflow")
+    assert stack.settings["MLFLOW_TRACKING_URI"] in link
+    client = MlflowClient(stack.settings["MLFLOW_TRACKING_URI"], stack.settings["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("rlhf")
+    runs = client.search_runs([experiment.experiment_id])
+    stages = {run.data.tags.get("dvc.stage") for run in runs} - {None}
+    assert stages == set(load_stages(repo))
+    assert all("/runs/flow-run/" in run.data.tags["prefect.url"] for run in runs)
+    assert not [run for run in runs if run.info.status != "FINISHED"]
+
+
+def test_no_secret_is_anywhere(stack: Stack, flow_run: dict[str, Any], repo: Path) -> None:
+    """Not the planted one, and none of the stack's: in files, in git, in Prefect's and MLflow's answers."""
+    secrets = [SECRET, stack.settings["AWS_SECRET_ACCESS_KEY"], stack.settings["AWS_ACCESS_KEY_ID"]]
+    texts: dict[str, str] = {}
+    for folder in (repo, stack.folder):
+        for file in folder.rglob("*"):
+            if file.is_file() and file.name != "env" and "postgres/data" not in str(file):
+                texts[str(file)] = file.read_bytes().decode(errors="replace")
+    for what in ("artifacts", "flow_runs", "task_runs", "deployments", "logs", "variables", "work_pools"):
+        texts[what] = json.dumps(stack.post(f"{what}/filter", limit=200))
+    dump = subprocess.run(
+        [sys.executable, "-c", DUMP], env=os.environ | stack.settings, capture_output=True, text=True, check=True
+    )
+    texts["mlflow"] = dump.stdout
+    assert "dvc.stage" in texts["mlflow"]
+    found = [place for place, text in texts.items() if any(secret in text for secret in secrets)]
+    assert found == []
+
+
+DUMP = """
+from mlflow import MlflowClient
+client = MlflowClient()
+for run in client.search_runs([e.experiment_id for e in client.search_experiments()]):
+    print(run.to_dictionary())
+for version in client.search_model_versions():
+    print(dict(version))
+"""
