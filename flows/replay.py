@@ -104,7 +104,10 @@ def made_by(client: MlflowClient, stage: str, hashes: dict[str, str], store: Sto
         if all(store.hash_within(recorded.outs, path) == md5 for path, md5 in hashes.items()):
             return recorded
     told = ", ".join(f"{path} ({md5})" for path, md5 in hashes.items())
-    raise UserError(f"MLflow at {masked(tracking_uri())} has no run of `{stage}` that wrote {told}.")
+    raise UserError(
+        f"MLflow at {masked(tracking_uri())} has no finished run of `{stage}` that wrote {told}. Where MLflow missed "
+        "what was logged, `python -m tasks.tracking replay` sends it."
+    )
 
 
 def recorded_in(run: Run) -> Recorded:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ from flows import replay as replaying
 from flows.notify import notify
 from flows.rlhf import rlhf
 from flows.workspace import Workspace, open_workspace
+from tasks.run import end_with_parent
 from tasks.stage import UserError
 
+BY_WORKER = "PREFECT__FLOW_RUN_ID" in os.environ  # this process is a worker's child, and not a person's
 REGISTERED = Path("data/reports/registered.json")
 
 
@@ -55,6 +58,8 @@ def pipeline(
     notification: the slug of a Prefect notification block, such as `custom-webhook/team`.
     Tried again, it goes on in the same workspace: what is done stays done, a killed stage goes on from its checkpoint.
     """
+    if BY_WORKER:
+        end_with_parent()
     id = str(flow_run.get_id())  # the same in every attempt
     with telling_of_failure(notification), open_workspace(id, revision, repository) as workspace:
         with workspace.entered():

@@ -111,6 +111,11 @@ def _stop_cleanly() -> None:
     On Linux this process also gets SIGTERM when DVC, its parent, is killed, even with SIGKILL: no orphan stays behind.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the system send this process SIGTERM when the one that started it is gone (Linux only)."""
     if sys.platform == "linux":
         import ctypes
 

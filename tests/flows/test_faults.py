@@ -1,0 +1,173 @@
+"""What goes wrong in production, on the real processes: a worker, its server, the toy repository."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.flows.toy import ROOT, Toy, wait_until
+from tests.tiny import shell
+
+DEPLOYMENTS = """
+name: toy
+pull:
+  - prefect.deployments.steps.set_working_directory: {directory: "{{ $RLHF_HOME }}"}
+deployments:
+  - name: nightly
+    entrypoint: flows/scheduled.py:pipeline
+    work_pool: {name: "{{ $RLHF_POOL }}"}
+"""
+STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+class Site:
+    """The toy repository with its deployment on a server, and workers."""
+
+    def __init__(self, toy: Toy, api: str) -> None:
+        self.toy, self.api = toy, api
+        self.environment = (
+            os.environ
+            | toy.environment
+            | {
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "PREFECT_API_URL": api,
+                "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+                "PREFECT_WORKER_QUERY_SECONDS": "1",
+                "RLHF_POOL": f"pool-{toy.mark[-8:]}",
+                toy.mark: "1",
+            }
+        )
+
+    @property
+    def root(self) -> Path:
+        return self.toy.root
+
+    def prefect(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    @contextmanager
+    def worker(self, name: str = "worker", **more: str) -> Iterator[subprocess.Popen[bytes]]:
+        log = (self.root.parent / f"{name}.log").open("wb")
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", self.environment["RLHF_POOL"]]
+        with (
+            log,
+            subprocess.Popen(
+                [*command, "--name", name], cwd=self.root, env=self.environment | more, stdout=log, stderr=log
+            ) as process,
+        ):
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+
+    def start(self, **parameters: Any) -> str:
+        """The id of a new run of the deployment."""
+        deployment = httpx.get(f"{self.api}/deployments/name/pipeline/nightly").raise_for_status().json()
+        made = httpx.post(
+            f"{self.api}/deployments/{deployment['id']}/create_flow_run",
+            json={"parameters": parameters, "state": {"type": "SCHEDULED"}},
+        )
+        return str(made.raise_for_status().json()["id"])
+
+    def state(self, run: str) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = httpx.get(f"{self.api}/flow_runs/{run}").raise_for_status().json()["state"]
+        except httpx.TransportError:
+            return {"type": "UNKNOWN"}
+        return state
+
+    def ended(self, run: str, seconds: float = 180) -> dict[str, Any]:
+        assert wait_until(lambda: self.state(run)["type"] in STATES, seconds), (self.state(run), self.logs())
+        return self.state(run)
+
+    def logs(self) -> str:
+        return "\n".join(log.read_text()[-4000:] for log in self.root.parent.glob("*.log"))
+
+    def starts(self, stage: str, run: str) -> int:
+        log = self.root / ".rlhf/workspaces" / run / f"log-{stage}.txt"
+        return log.read_text().count("start") if log.exists() else 0
+
+    def clean(self) -> None:
+        """No process of ours, no lock, nothing changed in the repository."""
+        assert wait_until(lambda: self.toy.processes() == [], 30), self.toy.processes()
+        assert shell(self.root, "git", "status", "--porcelain") == ""
+        for busy in self.root.rglob(".dvc/tmp/rwlock"):
+            assert busy.read_text() in ("", "{}"), busy
+
+
+@pytest.fixture
+def site(toy: Toy, prefect_api: str) -> Site:
+    (toy.root / "params.yaml").write_text("toy: {size: 1}\n")
+    (toy.root / ".gitignore").write_text("/.rlhf/\n__pycache__/\nlog-*\npid-*\n/.prefect/\n")
+    (toy.root / "prefect.yaml").write_text(DEPLOYMENTS)
+    (toy.root / "flows").symlink_to(ROOT / "flows")
+    (toy.root / "tasks").symlink_to(ROOT / "tasks")
+    shell(toy.root, "git", "config", "user.email", "toy@example.com")
+    shell(toy.root, "git", "config", "user.name", "Toy")
+    shell(toy.root, "dvc", "remote", "add", "--quiet", "--force", "--default", "local", str(toy.root.parent / "remote"))
+    shell(toy.root, "git", "add", ".")
+    shell(toy.root, "git", "commit", "--quiet", "-m", "Toy")
+    site = Site(toy, prefect_api)
+    site.prefect("flows.deploy")
+    return site
+
+
+def test_a_killed_worker_leaves_a_crashed_run_and_the_next_one_goes_on(site: Site) -> None:
+    with site.worker(TOY_SECONDS_last="120") as worker:
+        run = site.start()
+        assert wait_until(lambda: site.starts("last", run) == 1), site.logs()
+        worker.kill()
+        killed = time.monotonic()
+        assert site.ended(run, 120)["type"] == "CRASHED"
+        assert time.monotonic() - killed < 120
+    site.clean()
+    with site.worker("second"):
+        again = site.start()
+        assert site.ended(again)["type"] == "COMPLETED", site.logs()
+    # the first two were done: DVC's run cache, which all workspaces share, has them
+    lock = shell(site.root, "git", "show", f"runs/{again}:dvc.lock")
+    assert "last.txt" in lock
+    site.clean()
+
+
+def test_two_workers_do_not_run_the_same_run(site: Site) -> None:
+    with site.worker("one"), site.worker("two"):
+        runs = [site.start(params={"toy.size": size}) for size in (2, 3)]
+        for run in runs:
+            assert site.ended(run)["type"] == "COMPLETED", site.logs()
+    told = site.logs()
+    for run in runs:
+        assert told.count(f"Submitting flow run '{run}'") <= 2
+        assert shell(site.root, "git", "rev-list", "--count", f"HEAD..runs/{run}").strip() == "2"  # parameters, results
+    site.clean()
+
+
+def test_a_stage_that_hangs_is_stopped(site: Site) -> None:
+    site.toy.write(left="retries: 0, timeout_minutes: 0.05")
+    shell(site.root, "git", "commit", "--quiet", "-am", "Impatient")
+    with site.worker(TOY_SECONDS_left="300"):
+        run = site.start(retries=0)
+        state = site.ended(run)
+        assert state["type"] == "FAILED"
+        assert "failed: left" in state["message"]
+    site.clean()
