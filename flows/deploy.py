@@ -26,7 +26,7 @@ from prefect.settings import get_current_settings
 from tasks.stage import UserError
 
 POOL = os.environ.get("RLHF_POOL", "rlhf")
-SILENT_SECONDS = 90  # three heartbeats
+SILENT_SECONDS = 105  # three heartbeats, and some for a server that was restarted
 ZOMBIES = "Runs that fell silent have crashed"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
+import httpx
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
@@ -29,6 +30,7 @@ from flows.server import prefect_server
 from tasks.lineage import StageSpec, load_stages, upstream
 from tasks.params import load_params
 from tasks.stage import UserError
+from tasks.tracking import masked
 
 
 @flow(name="rlhf", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
@@ -82,6 +84,13 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except httpx.TransportError as error:  # after all of Prefect's own tries
+        print(
+            f"error: Prefect's server does not answer ({masked(str(error))}).\n"
+            "The stages went on without it: what is done stands in dvc.lock, and the same command goes on from here.",
+            file=sys.stderr,
+        )
         return 2
     print_report(report, console)
     return 1 if state.is_failed() else 0

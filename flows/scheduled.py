@@ -96,10 +96,10 @@ def registered() -> dict[str, Any]:
 
 
 def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
-    """Keep what there is, of a failed run too: outs and run cache at the remote, lock and reports on the branch."""
+    """Keep what there is, of a failed run too: lock and reports on the branch, outs and run cache at the remote."""
+    commit = workspace.commit(f"Run {workspace.id}: {'failed' if state.is_failed() else 'done'}")
     for missing in workspace.push():
         get_run_logger().warning(missing)
-    commit = workspace.commit(f"Run {workspace.id}: {'failed' if state.is_failed() else 'done'}")
     workspace.publish()
     return {"run": workspace.id, "branch": workspace.branch, "commit": commit}
 
@@ -173,7 +173,12 @@ def replay(version: str, only: str | None = None) -> State[None]:
 
 
 @flow(name="prune")
-def prune(keep_days: float = 7.0, keep_branches: int = 50) -> State[None]:
-    """Remove workspaces and run branches that are old, but for what registered versions need (flows/prune.py)."""
+def prune(keep_days: float = 7.0, keep_branches: int = 50, gc: bool = False) -> State[None]:
+    """Remove workspaces and run branches that are old, but for what registered versions need (flows/prune.py).
+
+    gc: drop from DVC's cache, too, what no branch, no tag and no registered version needs.
+    """
     removed = pruning.prune(keep_days, keep_branches)
+    if gc:
+        pruning.collect_garbage(Path())
     return Completed(message=f"removed: {removed}")

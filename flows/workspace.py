@@ -174,27 +174,38 @@ def commit_of(repository: Path, *names: str) -> str:
 
 
 def _point_dvc_to_shared_store(workspace: Workspace) -> None:
-    """The workspace's `.dvc/config.local`: the repository's own, with its cache and with whole paths to its remotes."""
+    """The workspace's `.dvc/config.local`: the repository's own, with its cache and with whole paths to its remotes.
+
+    What comes from a remote is held against its hash: DVC by itself trusts all remotes but folders.
+    """
     if is_address(workspace.repository):
         home = home_of(workspace.repository)
-        cache, remotes = home / ".dvc/cache", {}
+        cache, remotes = home / ".dvc/cache", _remotes_of(workspace.path)
     else:
         from dvc.repo import Repo
 
         with Repo(workspace.repository) as repo:
             cache = Path(repo.cache.local.path).parents[1]  # without files/md5
-            remotes = {name: remote["url"] for name, remote in repo.config["remote"].items()}
+        remotes = _remotes_of(Path(workspace.repository))
     config = configparser.ConfigParser(interpolation=None)
     config.read(Path(workspace.repository) / ".dvc/config.local")
     for section, key, value in (
         ("cache", "dir", str(cache)),
         *((f"'remote \"{name}\"'", "url", url) for name, url in remotes.items()),
+        *((f"'remote \"{name}\"'", "verify", "true") for name in remotes),
     ):
         if not config.has_section(section):
             config.add_section(section)
         config.set(section, key, value)
     with (workspace.path / ".dvc/config.local").open("w") as file:
         config.write(file)
+
+
+def _remotes_of(repository: Path) -> dict[str, str]:
+    from dvc.repo import Repo
+
+    with Repo(str(repository)) as repo:
+        return {name: remote["url"] for name, remote in repo.config["remote"].items()}
 
 
 def _adopt_checkpoints(workspace: Workspace) -> None:

@@ -42,7 +42,7 @@ def run(stage: Stage) -> None:
     folders = {name: stage.dep(f"data/models/{name}") for name in MODELS}
     reports = [json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text()) for name in REPORTS]
     hashes = {name: hash_path(folder) for name, folder in folders.items()}
-    samples = stage.dep(SAMPLES)
+    samples = stage.dep("data/reports/evaluation/samples.jsonl")
     stores = dvc_stores(stage.root)
     run_id = stage.tracker.run_id()
 

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from tasks.base import folder_sha256
 from tasks.lineage import hash_path, load_stages, locked_outs
 from tasks.tickets import generate
-from tests.tiny import tiny_model_dir
+from tests.tiny import small_disk, tiny_model_dir
 
 ROOT = Path(__file__).parents[1]
 yaml = YAML()
@@ -131,6 +131,14 @@ def test_each_stage_alone_gives_the_same_bits(by_dvc: Path) -> None:
     for stage in load_stages(by_dvc):
         command(by_dvc, "tasks.run", stage)
     assert {path: hash_path(by_dvc / path) for path in recorded} == recorded
+
+
+def test_a_disk_that_is_too_small_for_checkpoints_costs_them_alone(by_dvc: Path) -> None:
+    recorded = outs_of(by_dvc)
+    with small_disk(by_dvc / ".rlhf/checkpoints/ppo", "64k"):
+        said = command(by_dvc, "tasks.run", "ppo")
+    assert "could not be written ([Errno 28] No space left on device" in said or "os error 28" in said
+    assert hash_path(by_dvc / "data/models/policy") == recorded["data/models/policy"]
 
 
 def test_the_flow_gives_the_same_bits_and_shows_what_it_did(by_dvc: Path, make_repo: Any) -> None:

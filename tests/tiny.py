@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 TEXT = "hello dear customer your order is late we are sorry and will refund it by monday user assistant ticket"
 CHATML = (
@@ -90,3 +93,16 @@ def tiny_repo(folder: Path) -> Path:
     shell(folder, "dvc", "remote", "add", "--quiet", "--default", "local", str(folder.parent / f"{folder.name}-remote"))
     shell(folder, "git", "commit", "--quiet", "--all", "--message", "Start", "--allow-empty")
     return folder
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own there, which is full after so many bytes ("64k")."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

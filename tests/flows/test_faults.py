@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
+from flows.server import free_port
+from tests.flows.conftest import serving
 from tests.flows.toy import ROOT, Toy, wait_until
 from tests.tiny import shell
 
@@ -171,3 +173,47 @@ def test_a_stage_that_hangs_is_stopped(site: Site) -> None:
         assert state["type"] == "FAILED"
         assert "failed: left" in state["message"]
     site.clean()
+
+
+# ---- Prefect's server ----
+
+
+def test_prefect_is_gone_for_a_while(toy: Toy, tmp_path: Path) -> None:
+    home, port = tmp_path / "server", free_port()
+    home.mkdir()
+    with serving(home, port) as api:
+        flow = toy.popen(PREFECT_API_URL=api, TOY_SECONDS_left="8", TOY_SECONDS_last="60")
+        assert wait_until(lambda: toy.starts("left") == 1)
+    time.sleep(10)  # `left` ends and `last` begins without it
+    assert wait_until(lambda: toy.starts("last") == 1)
+    with serving(home, port) as api:
+        output, _ = flow.communicate(timeout=180)
+        assert flow.returncode == 0, output
+        assert "Traceback" not in output
+        (run,) = httpx.post(f"{api}/flow_runs/filter", json={}).raise_for_status().json()
+        assert run["state_type"] == "COMPLETED"
+
+        def states() -> dict[str, str]:
+            runs = httpx.post(f"{api}/task_runs/filter", json={}).raise_for_status().json()
+            return {one["name"]: one["state_type"] for one in runs}
+
+        assert wait_until(lambda: states().get("last") == "COMPLETED", 30), states()
+    assert toy.processes() == []
+
+
+def test_prefect_is_gone_for_good(toy: Toy, tmp_path: Path) -> None:
+    with serving(tmp_path, free_port()) as api:
+        flow = toy.popen(PREFECT_API_URL=api, PREFECT_CLIENT_MAX_RETRIES="1", TOY_SECONDS_left="5")
+        assert wait_until(lambda: toy.starts("left") == 1)
+    output, _ = flow.communicate(timeout=180)
+    assert flow.returncode == 2, output
+    assert "error: Prefect's server does not answer" in output
+    assert "Traceback" not in output
+    assert toy.processes() == []
+    again = toy.popen()  # with a server of its own
+    output, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, output
+    assert [toy.starts(stage) for stage in ("left", "right", "last")] == [1, 1, 1], (
+        "nothing that was done is done again"
+    )
+    assert toy.processes() == []

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import pytest
+from moto.server import ThreadedMotoServer
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import get_current_settings
+from ruamel.yaml import YAML
 
 from flows import scheduled
 from flows.scheduled import points
+from flows.server import free_port
 from tasks.stage import UserError
 from tests.flows.toy import Toy, wait_until
-from tests.tiny import shell
+from tests.tiny import shell, small_disk
 
 # their states hold a state's data: too much for Prefect's types
 pipeline: Any = scheduled.pipeline
@@ -186,6 +191,108 @@ def test_a_person_is_asked(repo: Toy, approve: bool, monkeypatch: pytest.MonkeyP
     assert asked[0]["timeout"] == 7200
     assert "policy/3 passed its gates" in asked[0]["description"]
     assert promoted == ([("3", "ann", "looked at it")] if approve else [])
+
+
+# ---- the store ----
+
+
+@pytest.fixture
+def s3(repo: Toy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The DVC remote is a bucket of a server at this address, which nobody serves yet."""
+    address = f"http://127.0.0.1:{free_port()}"
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    shell(repo.root, "dvc", "remote", "add", "--quiet", "--default", "s3", "s3://dvc/toy")
+    shell(repo.root, "dvc", "remote", "modify", "--quiet", "s3", "endpointurl", address)
+    commit(repo.root)
+    return address
+
+
+def test_s3_refuses_and_then_takes_it(repo: Toy, s3: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_error(403, "Forbidden")
+
+        def do_GET(self) -> None:
+            self.send_error(403, "Forbidden")
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", int(s3.rpartition(":")[2])), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    before = untouched(repo.root)
+    state = pipeline.with_options(retries=0)(return_state=True)
+    server.shutdown()
+    server.server_close()
+    assert state.is_failed()
+    assert "`dvc push` failed" in state.message
+    assert "orbidden" in state.message or "Access Denied" in state.message
+    assert untouched(repo.root) == before
+    (branch,) = shell(repo.root, "git", "branch", "--list", "--format=%(refname:short)", "runs/*").split()
+    assert "last.txt" in shell(repo.root, "git", "show", f"{branch}:dvc.lock"), "what was done is on the branch"
+
+    moto = ThreadedMotoServer("127.0.0.1", int(s3.rpartition(":")[2]), verbose=False)
+    moto.start()
+    try:
+        client: Any = boto3.client("s3", endpoint_url=s3)
+        client.create_bucket(Bucket="dvc")
+        again = pipeline(revision=branch, return_state=True)
+        assert again.is_completed(), again.message
+        assert set(task_states(again).values()) == {"Cached"}
+        stored = client.list_objects_v2(Bucket="dvc", Prefix="toy/files")["Contents"]
+        assert len(stored) == 3
+        damaged_bytes_are_refused(repo, client, str(again.result()["branch"]))
+    finally:
+        moto.stop()
+
+
+def damaged_bytes_are_refused(repo: Toy, client: Any, branch: str) -> None:
+    """The machine has lost its cache, a stage must run on what S3 holds, and one of its inputs is another there."""
+    left = Path(md5_of(repo.root, branch, "left.txt"))
+    client.put_object(Bucket="dvc", Key=f"toy/files/md5/{left}", Body=b"evil")
+    shell(repo.root, "git", "switch", "--quiet", "-C", "changed", branch)
+    text = (repo.root / "dvc.yaml").read_text()
+    (repo.root / "dvc.yaml").write_text(
+        text.replace("toy.py last left.txt right.txt", "toy.py last right.txt left.txt")
+    )
+    commit(repo.root)
+    shutil.rmtree(repo.root / ".dvc/cache")
+    state = pipeline.with_options(retries=0)(return_state=True)
+    assert state.is_failed()
+    assert "failed: last" in state.message
+    newest = shell(repo.root, "git", "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/heads/runs")
+    assert "evil" not in shell(repo.root, "git", "show", f"{newest.split()[0]}:dvc.lock")
+    for file in (repo.root / ".rlhf").rglob("*.txt"):
+        assert "evil" not in file.read_text()
+
+
+def md5_of(root: Path, branch: str, out: str) -> str:
+    """Where the object of an out lies, below files/md5."""
+    lock = YAML(typ="safe").load(shell(root, "git", "show", f"{branch}:dvc.lock"))
+    md5 = next(
+        str(one["md5"]) for stage in lock["stages"].values() for one in stage.get("outs", []) if one["path"] == out
+    )
+    return f"{md5[:2]}/{md5[2:]}"
+
+
+def test_the_disk_of_the_remote_is_full(repo: Toy) -> None:
+    remote = repo.root.parent / "remote"
+    before = untouched(repo.root)
+    with small_disk(remote, "4k"):
+        state = pipeline.with_options(retries=0)(return_state=True)
+        assert state.is_failed()
+        assert "No space left on device" in state.message
+    assert untouched(repo.root) == before
+    (branch,) = shell(repo.root, "git", "branch", "--list", "--format=%(refname:short)", "runs/*").split()
+    again = pipeline(revision=branch, return_state=True)
+    assert again.is_completed(), again.message
+    assert set(task_states(again).values()) == {"Cached"}
+    for out in ("left.txt", "right.txt", "last.txt"):
+        assert (remote / "files/md5" / md5_of(repo.root, branch, out)).exists()
 
 
 def test_a_sweep(repo: Toy) -> None:
