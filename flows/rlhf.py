@@ -56,7 +56,16 @@ def rlhf(targets: list[str] | None = None, pull: bool = False) -> State[Report]:
 
 
 def needed(specs: dict[str, StageSpec], targets: Iterable[str] | None) -> dict[str, StageSpec]:
-    """The targets and all that they depend on, in the order of `specs`; everything where no target is named."""
+    """The targets and all that they depend on, in the order of `specs`; everything where no target is named.
+
+    UserError for one that is no stage.
+    """
+    for name in targets or ():
+        if name not in specs:
+            near = difflib.get_close_matches(name, specs, n=1)
+            raise UserError(
+                f"no stage `{name}` in dvc.yaml" + (f"; did you mean `{near[0]}`?" if near else f": {', '.join(specs)}")
+            )
     parents = upstream(specs)
     wanted: set[str] = set()
     pending = list(targets or specs)
@@ -109,12 +118,7 @@ def _parse(argv: list[str] | None) -> list[str] | None:
         known = load_stages()
     except FileNotFoundError:
         raise UserError("no dvc.yaml here; run from the repository's root.") from None
-    for name in wanted:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"no stage `{name}` in dvc.yaml" + (f"; did you mean `{near[0]}`?" if near else f": {', '.join(known)}")
-            )
+    needed(known, wanted)
     if Path("params.yaml").exists():
         load_params(Path("params.yaml"))  # a wrong key is told now, not when the stage that reads it has its turn
     return wanted or None

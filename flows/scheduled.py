@@ -13,11 +13,12 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, get_run_logger, pause_flow_run
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.deployments import run_deployment
 from prefect.input import RunInput
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
@@ -26,8 +27,10 @@ from rich.console import Console
 from flows import prune as pruning
 from flows import replay as replaying
 from flows.notify import notify
-from flows.rlhf import rlhf
-from flows.workspace import Workspace, open_workspace
+from flows.report import Report
+from flows.rlhf import needed, rlhf
+from flows.workspace import BRANCHES, Workspace, open_workspace
+from tasks.lineage import load_stages, upstream
 from tasks.run import end_with_parent
 from tasks.stage import UserError
 
@@ -51,25 +54,34 @@ def pipeline(
     repository: str = ".",
     notification: str | None = None,
     approval_hours: float = 24.0,
+    elsewhere: dict[str, str] | None = None,
 ) -> State[dict[str, Any]]:
     """Bring every stage, or `targets` and what they need, up to date in a workspace at a revision.
 
     params: changes to params.yaml, {"ppo.kl_coef": 0.05}. repository: a folder, or an address to clone.
     notification: the slug of a Prefect notification block, such as `custom-webhook/team`.
+    elsewhere: stages that are run by another deployment, on a machine of their size, {"ppo": "pipeline/gpu"}.
     Tried again, it goes on in the same workspace: what is done stays done, a killed stage goes on from its checkpoint.
     """
     if BY_WORKER:
         end_with_parent()
+    elsewhere = elsewhere or {}
     id = str(flow_run.get_id())  # the same in every attempt
     with telling_of_failure(notification), open_workspace(id, revision, repository) as workspace:
         with workspace.entered():
             workspace.set_params(params or {})
+            needed(load_stages(), elsewhere)  # a wrong name is told before any work
+            for stage in needed(load_stages(), targets):
+                if stage in elsewhere:
+                    run_elsewhere(stage, elsewhere[stage], workspace)
             state = rlhf(targets, pull=True, return_state=True)
             result = finish(workspace, state)
             if state.is_failed():
                 notify(notification, f"The pipeline failed: {state.message}", result)
                 return Failed(message=state.message, data=result)
-            champion = registered().get("champion", "")
+            report = cast("Report", state.result())
+            news = any(row.stage == "register" and row.status == "ran" for row in report)
+            champion = registered().get("champion", "") if news else ""
             if champion == "waits for approval":
                 champion = ask_for_approval(approval_hours, workspace)
             if champion.startswith("refused"):
@@ -88,6 +100,20 @@ def telling_of_failure(notification: str | None) -> Iterator[None]:
     except Exception as error:
         notify(notification, f"The pipeline failed: {error}", {})
         raise
+
+
+def run_elsewhere(stage: str, deployment: str, workspace: Workspace) -> None:
+    """One stage by another deployment, on what the ones before it made here; its commit is this branch's next."""
+    before = sorted(upstream(load_stages())[stage])
+    state = rlhf(before, pull=True, return_state=True) if before else Completed()
+    finish(workspace, state)
+    if state.is_failed():
+        raise UserError(str(state.message))
+    parameters = {"revision": workspace.branch, "targets": [stage], "repository": workspace.repository}
+    run: Any = run_deployment(deployment, parameters=parameters)
+    if not run.state.is_completed():
+        raise UserError(f"`{stage}` by {deployment}: {run.state.name}: {run.state.message}")
+    workspace.advance(BRANCHES + str(run.id))
 
 
 def registered() -> dict[str, Any]:

@@ -88,6 +88,13 @@ class Workspace:
             git(self.path, *identity(self.path), "commit", "--quiet", "--no-verify", "-m", message)
         return git(self.path, "rev-parse", "HEAD")
 
+    def advance(self, branch: str) -> None:
+        """Go on from another run's branch, which began where this one stands."""
+        if is_address(self.repository):
+            git(self.path, "fetch", "--quiet", "origin", branch)
+            branch = "FETCH_HEAD"
+        git(self.path, "merge", "--quiet", "--ff-only", branch)
+
     def push(self) -> list[str]:
         """Outs and run cache to the DVC remote; returns what found no place to go."""
         missing = []

@@ -28,6 +28,9 @@ deployments:
   - name: nightly
     entrypoint: flows/scheduled.py:pipeline
     work_pool: {name: "{{ $RLHF_POOL }}"}
+  - name: large
+    entrypoint: flows/scheduled.py:pipeline
+    work_pool: {name: "{{ $RLHF_POOL }}"}
 """
 STATES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
@@ -161,6 +164,17 @@ def test_two_workers_do_not_run_the_same_run(site: Site) -> None:
     for run in runs:
         assert told.count(f"Submitting flow run '{run}'") <= 2
         assert shell(site.root, "git", "rev-list", "--count", f"HEAD..runs/{run}").strip() == "2"  # parameters, results
+    site.clean()
+
+
+def test_a_stage_on_a_machine_of_its_own_size(site: Site) -> None:
+    with site.worker():
+        run = site.start(elsewhere={"last": "pipeline/large"}, params={"toy.size": 4})
+        assert site.ended(run)["type"] == "COMPLETED", site.logs()
+    branches = shell(site.root, "git", "branch", "--list", "--format=%(refname:short)", "runs/*").split()
+    other = next(branch for branch in branches if branch != f"runs/{run}")
+    assert shell(site.root, "git", "rev-parse", other) == shell(site.root, "git", "rev-parse", f"runs/{run}")
+    assert shell(site.root, "git", "rev-list", "--count", f"HEAD..{other}").strip() == "3"  # parameters, before, last
     site.clean()
 
 
