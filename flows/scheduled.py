@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow, get_run_logger, pause_flow_run
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -27,7 +27,6 @@ from rich.console import Console
 from flows import prune as pruning
 from flows import replay as replaying
 from flows.notify import notify
-from flows.report import Report
 from flows.rlhf import needed, rlhf
 from flows.workspace import BRANCHES, Workspace, open_workspace
 from tasks.lineage import load_stages, upstream
@@ -79,9 +78,7 @@ def pipeline(
             if state.is_failed():
                 notify(notification, f"The pipeline failed: {state.message}", result)
                 return Failed(message=state.message, data=result)
-            report = cast("Report", state.result())
-            news = any(row.stage == "register" and row.status == "ran" for row in report)
-            champion = registered().get("champion", "") if news else ""
+            champion = registered().get("champion", "") if workspace.changed(REGISTERED) else ""
             if champion == "waits for approval":
                 champion = ask_for_approval(approval_hours, workspace)
             if champion.startswith("refused"):

@@ -32,6 +32,7 @@ from tasks.tracking import JOURNALS
 
 WORKSPACES = Path(".rlhf/workspaces")
 BRANCHES = "runs/"
+START = Path(".rlhf/start")  # in a workspace: the commit that it was made from
 # what a run changes and git keeps: DVC ignores the large outs by .gitignore files of its own
 RECORDED = ("dvc.lock", "params.yaml", "data")
 
@@ -87,6 +88,11 @@ class Workspace:
         if git(self.path, "status", "--porcelain", "--untracked-files=no"):
             git(self.path, *identity(self.path), "commit", "--quiet", "--no-verify", "-m", message)
         return git(self.path, "rev-parse", "HEAD")
+
+    def changed(self, path: Path) -> bool:
+        """Whether what is committed there is other than at the start."""
+        start = (self.path / START).read_text()
+        return bool(git(self.path, "diff", "--name-only", start, "HEAD", "--", str(path)))
 
     def advance(self, branch: str) -> None:
         """Go on from another run's branch, which began where this one stands."""
@@ -165,11 +171,14 @@ def _check_out(workspace: Workspace, revision: str) -> None:
         git(Path(), "clone", "--quiet", workspace.repository, str(workspace.path))
         commit = commit_of(workspace.path, revision if revision == "HEAD" else f"origin/{revision}", revision)
         git(workspace.path, "switch", "--quiet", "-C", workspace.branch, commit)
-        return
-    repository = Path(workspace.repository)
-    git(repository, "worktree", "prune")
-    commit = commit_of(repository, revision)
-    git(repository, "worktree", "add", "--quiet", "--force", "-B", workspace.branch, str(workspace.path), commit)
+    else:
+        repository = Path(workspace.repository)
+        git(repository, "worktree", "prune")
+        commit = commit_of(repository, revision)
+        git(repository, "worktree", "add", "--quiet", "--force", "-B", workspace.branch, str(workspace.path), commit)
+    start = workspace.path / START
+    start.parent.mkdir(exist_ok=True)
+    start.write_text(commit)
 
 
 def commit_of(repository: Path, *names: str) -> str:
