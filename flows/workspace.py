@@ -32,7 +32,7 @@ from tasks.tracking import JOURNALS
 
 WORKSPACES = Path(".rlhf/workspaces")
 BRANCHES = "runs/"
-START = Path(".rlhf/start")  # in a workspace: the commit that it was made from
+START = Path(".rlhf/start")  # in a workspace that is ready: the commit that it was made from
 # what a run changes and git keeps: DVC ignores the large outs by .gitignore files of its own
 RECORDED = ("dvc.lock", "params.yaml", "data")
 
@@ -145,11 +145,13 @@ def open_workspace(id: str, revision: str = "HEAD", repository: str = ".") -> It
     root.mkdir(parents=True, exist_ok=True)
     workspace = Workspace(id, root / id, repository)
     with held(root, id):
-        if not (workspace.path / ".dvc").exists():
+        if not (workspace.path / START).exists():
             shutil.rmtree(workspace.path, ignore_errors=True)  # one that broke off while it was made
-            _check_out(workspace, revision)
+            commit = _check_out(workspace, revision)
             _point_dvc_to_shared_store(workspace)
             _adopt_checkpoints(workspace)
+            (workspace.path / START).parent.mkdir(exist_ok=True)
+            (workspace.path / START).write_text(commit)
         yield workspace
 
 
@@ -166,7 +168,8 @@ def held(root: Path, id: str) -> Iterator[None]:
         lock.release()
 
 
-def _check_out(workspace: Workspace, revision: str) -> None:
+def _check_out(workspace: Workspace, revision: str) -> str:
+    """Returns the commit."""
     if is_address(workspace.repository):
         git(Path(), "clone", "--quiet", workspace.repository, str(workspace.path))
         commit = commit_of(workspace.path, revision if revision == "HEAD" else f"origin/{revision}", revision)
@@ -176,9 +179,7 @@ def _check_out(workspace: Workspace, revision: str) -> None:
         git(repository, "worktree", "prune")
         commit = commit_of(repository, revision)
         git(repository, "worktree", "add", "--quiet", "--force", "-B", workspace.branch, str(workspace.path), commit)
-    start = workspace.path / START
-    start.parent.mkdir(exist_ok=True)
-    start.write_text(commit)
+    return commit
 
 
 def commit_of(repository: Path, *names: str) -> str:
