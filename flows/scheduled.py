@@ -54,12 +54,14 @@ def pipeline(
     notification: str | None = None,
     approval_hours: float = 24.0,
     elsewhere: dict[str, str] | None = None,
+    update_imports: bool = False,
 ) -> State[dict[str, Any]]:
     """Bring every stage, or `targets` and what they need, up to date in a workspace at a revision.
 
     params: changes to params.yaml, {"ppo.kl_coef": 0.05}. repository: a folder, or an address to clone.
     notification: the slug of a Prefect notification block, such as `custom-webhook/team`.
     elsewhere: stages that are run by another deployment, on a machine of their size, {"ppo": "pipeline/gpu"}.
+    update_imports: first get what `dvc import` brought in anew, where its source has changed.
     Tried again, it goes on in the same workspace: what is done stays done, a killed stage goes on from its checkpoint.
     """
     if BY_WORKER:
@@ -69,6 +71,8 @@ def pipeline(
     with telling_of_failure(notification), open_workspace(id, revision, repository) as workspace:
         with workspace.entered():
             workspace.set_params(params or {})
+            if update_imports:
+                workspace.update_imports()
             needed(load_stages(), elsewhere)  # a wrong name is told before any work
             for stage in needed(load_stages(), targets):
                 if stage in elsewhere:

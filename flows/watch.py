@@ -15,11 +15,10 @@ from pathlib import Path
 from prefect.events import emit_event
 from prefect.variables import Variable
 
-from flows.workspace import git
+from flows.workspace import INCOMING, git, imports
 from tasks.stage import UserError
 
 EVENT = "rlhf.new-labels"
-WATCHED = ("data/raw", "data/labels")
 
 
 class Watcher:
@@ -60,26 +59,21 @@ class Watcher:
 
     def state(self, revision: str) -> str:
         """A hash of all that is watched."""
-        tree = git(self.repository, "ls-tree", "-r", revision, "--", *WATCHED)
+        tree = git(self.repository, "ls-tree", "-r", revision, "--", *INCOMING)
         return hashlib.sha256("\n".join([tree, *self.sources(revision)]).encode()).hexdigest()
 
     def sources(self, revision: str) -> list[str]:
         """Imports whose source has changed, as `dvc status` tells."""
-        files = git(self.repository, "ls-tree", "-r", "--name-only", revision, "--", *WATCHED).splitlines()
-        imports = [
-            file
-            for file in files
-            if file.endswith(".dvc") and "\ndeps:" in "\n" + git(self.repository, "show", f"{revision}:{file}")
-        ]
-        if not imports:
+        files = imports(self.repository, revision)
+        if not files:
             return []
         done = subprocess.run(
-            [sys.executable, "-m", "dvc", "status", "--json", *imports],
+            [sys.executable, "-m", "dvc", "status", "--json", *files],
             cwd=self.repository,
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode:
-            raise UserError(f"`dvc status {' '.join(imports)}`: {done.stderr.strip()}")
+            raise UserError(f"`dvc status {' '.join(files)}`: {done.stderr.strip()}")
         return [done.stdout.strip()]

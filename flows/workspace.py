@@ -32,6 +32,7 @@ from tasks.tracking import JOURNALS
 
 WORKSPACES = Path(".rlhf/workspaces")
 BRANCHES = "runs/"
+INCOMING = ("data/raw", "data/labels")  # what people and other systems bring
 START = Path(".rlhf/start")  # in a workspace that is ready: the commit that it was made from
 # what a run changes and git keeps: DVC ignores the large outs by .gitignore files of its own
 RECORDED = ("dvc.lock", "params.yaml", "data")
@@ -80,6 +81,14 @@ class Workspace:
         if values:
             yaml.dump(params, file)
             self.commit("Parameters: " + ", ".join(f"{key}={value}" for key, value in values.items()))
+
+    def update_imports(self) -> None:
+        """Bring what `dvc import` and `dvc import-url` brought in up to its source, and say so on the branch."""
+        if files := imports(self.path, "HEAD"):
+            done = _run(["dvc", "update", "--quiet", *files], self.path)
+            if done.returncode:
+                raise UserError(f"`dvc update {' '.join(files)}` failed: {done.stderr.strip()[-2000:]}")
+            self.commit("Imports brought up to date")
 
     def commit(self, message: str) -> str:
         """What changed goes to the workspace's branch; returns the commit."""
@@ -236,6 +245,16 @@ def _adopt_checkpoints(workspace: Workspace) -> None:
                 if not target.exists():
                     target.parent.mkdir(parents=True, exist_ok=True)
                     run.replace(target)
+
+
+def imports(repository: Path, revision: str) -> list[str]:
+    """The `.dvc` files of raw data and labels that came from elsewhere, by `dvc import` or `dvc import-url`."""
+    files = git(repository, "ls-tree", "-r", "--name-only", revision, "--", *INCOMING).splitlines()
+    return [
+        file
+        for file in files
+        if file.endswith(".dvc") and "\ndeps:" in "\n" + git(repository, "show", f"{revision}:{file}")
+    ]
 
 
 def is_address(repository: str) -> bool:

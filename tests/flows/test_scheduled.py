@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from flows import scheduled
 from flows.scheduled import points
 from flows.server import free_port
+from tasks.lineage import hash_path
 from tasks.stage import UserError
 from tests.flows.toy import Toy, wait_until
 from tests.tiny import shell, small_disk
@@ -132,6 +133,22 @@ def task_states(state: Any) -> dict[str, str]:
 
     assert wait_until(lambda: len(seen()) == 4 and "Running" not in seen().values())
     return seen()
+
+
+def test_imports_are_brought_up_to_date(repo: Toy, tmp_path: Path) -> None:
+    source = tmp_path / "source.jsonl"
+    source.write_text("{}\n")
+    (repo.root / "data/raw").mkdir(parents=True)
+    shell(repo.root, "dvc", "import-url", "--quiet", str(source), "data/raw/source.jsonl")
+    commit(repo.root)
+    before = untouched(repo.root)
+    source.write_text("{}\n{}\n")
+    state = pipeline(update_imports=True, return_state=True)
+    assert state.is_completed(), state.message
+    now = shell(repo.root, "git", "show", f"{state.result()['branch']}:data/raw/source.jsonl.dvc")
+    assert hash_path(source) in now
+    assert hash_path(source) not in (repo.root / "data/raw/source.jsonl.dvc").read_text()
+    assert untouched(repo.root) == before
 
 
 def test_a_missed_gate_is_told(repo: Toy, webhook: list[str]) -> None:
