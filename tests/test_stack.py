@@ -20,7 +20,9 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from flows.server import free_port
 from tasks.lineage import load_stages
+from tests.flows.toy import wait_until
 from tests.test_pipeline import lock_of
 from tests.tiny import shell
 
@@ -149,11 +151,51 @@ def test_it_loads_from_the_registry_and_s3_alone(
         done = load()
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout.splitlines()[-1])) == 1
+        assert len(served(stack, tmp_path)) == 1
         damage(stack)
         done = load()
         assert "is damaged: s3://dvc/rlhf" in done.stderr
     finally:
         hidden.rename(repo / ".dvc/cache")
+
+
+def served(stack: Stack, folder: Path) -> list[str]:
+    """What `mlflow models serve` answers, started where only the two addresses are known."""
+    port = free_port()
+    log = folder / "serve.log"
+    command = ["mlflow", "models", "serve", "--model-uri=models:/policy@candidate", "--env-manager=local"]
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(folder),
+        **stack.settings,
+    }
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", *command, f"--port={port}"],
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        ) as server,
+    ):
+        try:
+            address = f"http://127.0.0.1:{port}"
+            assert wait_until(lambda: answers(f"{address}/ping"), 120), log.read_text()
+            answer = httpx.post(f"{address}/invocations", json={"inputs": ["Customer: Ann"]}, timeout=60)
+            assert answer.status_code == 200, answer.text
+            texts: list[str] = answer.json()["predictions"]
+            return texts
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.TransportError:
+        return False
 
 
 def damage(stack: Stack) -> None:
@@ -188,6 +230,42 @@ def test_prefect_shows_it_and_links_to_mlflow_and_back(stack: Stack, flow_run: d
     assert stages == set(load_stages(repo))
     assert all("/runs/flow-run/" in run.data.tags["prefect.url"] for run in runs)
     assert not [run for run in runs if run.info.status != "FINISHED"]
+
+
+def test_new_labels_start_a_run_and_nothing_else_does(stack: Stack, flow_run: dict[str, Any], repo: Path) -> None:
+    """In the run, on another workspace, everything is Cached: DVC's run cache and S3 have it."""
+
+    def look() -> str:
+        code = "from pathlib import Path; from flows.watch import Watcher; print(Watcher(Path()).look())"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=repo,
+            env=os.environ | stack.settings | {"PYTHONPATH": str(repo)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    def runs() -> list[dict[str, Any]]:
+        found = stack.post("flow_runs/filter", deployments={"name": {"any_": ["on-new-labels"]}})
+        return [run for run in found if run["state_type"] != "SCHEDULED" or not run["auto_scheduled"]]
+
+    assert look() == "False"
+    shell(repo, "git", "merge", "--quiet", "--ff-only", f"runs/{flow_run['id']}")
+    (repo / "data/labels").mkdir(parents=True)
+    (repo / "data/labels/ann.jsonl").write_text("{}\n")
+    shell(repo, "git", "add", "data/labels")
+    shell(repo, "git", "commit", "--quiet", "-m", "Labels")
+    assert runs() == []
+    assert look() == "True"
+    assert look() == "False"
+    assert wait_until(lambda: any(run["state_type"] in ("COMPLETED", "FAILED", "CRASHED") for run in runs()), 300)
+    (run,) = runs()
+    assert run["state_type"] == "COMPLETED", (stack.folder / "worker.log").read_text()[-5000:]
+    assert run["parameters"]["revision"] == shell(repo, "git", "rev-parse", "HEAD").strip()
+    lock = shell(repo, "git", "show", f"runs/{run['id']}:dvc.lock")
+    assert lock == shell(repo, "git", "show", f"runs/{flow_run['id']}:dvc.lock"), "nothing ran again"
 
 
 def test_no_secret_is_anywhere(stack: Stack, flow_run: dict[str, Any], repo: Path) -> None:
