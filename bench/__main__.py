@@ -17,7 +17,11 @@ BENCHES: dict[str, Any] = {"ppo": ppo, "shares": shares, "time_to_reward": time_
     "machinery": machinery,
 }
 # what names a measurement: a new one replaces the old
+<<<<<<< HEAD
 KEY = (
+=======
+KEY = [
+>>>>>>> f686a0b (bench: key)
     "bench",
     "model",
     "batch",
@@ -29,9 +33,14 @@ KEY = (
     "learning_rate",
     "seed",
     "budget_s",
+<<<<<<< HEAD
     "trainable_layers",
     "what",
 )
+=======
+    "what",
+]
+>>>>>>> f686a0b (bench: key)
 
 
 def main() -> None:
