@@ -13,34 +13,18 @@ from rich.console import Console
 from bench import growth, machinery, ppo, shares, time_to_reward
 
 RESULTS = Path(__file__).parent / "results.json"
-BENCHES: dict[str, Any] = {"ppo": ppo, "shares": shares, "time_to_reward": time_to_reward, "growth": growth,
+BENCHES: dict[str, Any] = {
+    "ppo": ppo,
+    "shares": shares,
+    "time_to_reward": time_to_reward,
+    "growth": growth,
     "machinery": machinery,
 }
 # what names a measurement: a new one replaces the old
-<<<<<<< HEAD
 KEY = (
-=======
-KEY = [
->>>>>>> f686a0b (bench: key)
-    "bench",
-    "model",
-    "batch",
-    "epochs",
-    "ragged",
-    "mode",
-    "vary",
-    "value",
-    "learning_rate",
-    "seed",
-    "budget_s",
-<<<<<<< HEAD
-    "trainable_layers",
-    "what",
+    *("bench", "model", "batch", "epochs", "ragged", "mode", "vary", "value", "learning_rate", "seed", "budget_s"),
+    *("trainable_layers", "what"),
 )
-=======
-    "what",
-]
->>>>>>> f686a0b (bench: key)
 
 
 def main() -> None:
