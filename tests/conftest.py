@@ -5,7 +5,25 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+
 # a job in the background of a shell starts with Ctrl-C ignored, and its children would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # tiny models gain nothing by a second thread, and lose much where the machine is busy
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+LONGEST_FIRST = ("pipeline", "flows", "ppo")  # folders
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers share them: a file stays whole, the real pipeline's two files together, the longest come first."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    for item in items:
+        group = item.path.parent.name if item.path.parent.name == "pipeline" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=place)

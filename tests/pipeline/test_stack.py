@@ -23,10 +23,10 @@ from ruamel.yaml import YAML
 from flows.server import free_port
 from tasks.lineage import load_stages
 from tests.flows.toy import wait_until
-from tests.test_pipeline import lock_of
+from tests.pipeline.test_end_to_end import lock_of
 from tests.tiny import shell
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECRET = "planted-secret-8f3a1c"
 yaml = YAML()
 

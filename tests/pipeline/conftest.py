@@ -1,0 +1,98 @@
+"""The repository's code with small parameters and a tiny model, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tasks.base import folder_sha256
+from tasks.tickets import generate
+from tests.tiny import tiny_model_dir
+
+ROOT = Path(__file__).parents[2]
+yaml = YAML()
+
+SMALL: dict[str, dict[str, Any]] = {
+    "text": {"max_prompt_tokens": 150, "max_response_tokens": 70},
+    "tickets": {"count": 80},
+    "demonstrate": {"prompts": 12},
+    "sft": {"trainable_layers": 1, "epochs": 2, "batch_size": 4, "validation_share": 0.3},
+    "sample": {"prompts": 10, "responses_per_prompt": 3, "batch_size": 12},
+    "rank": {"held_out_share": 0.4},
+    "reward": {"trainable_layers": 1, "epochs": 1, "batch_prompts": 2, "centre_on": 4},
+    "ppo": {
+        "trainable_layers": 1,
+        "updates": 2,
+        "batch_size": 4,
+        "samples_per_prompt": 2,
+        "minibatch_size": 2,
+        "micro_batch_size": 2,
+        "value_warmup_epochs": 1,
+        "eval_every": 0,  # with so few prompts the SFT model itself may score best
+        "checkpoint_every": 1,
+    },
+    "evaluate": {"prompts": 4, "batch_size": 4, "bootstrap_samples": 100},
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [row.prompt for row in generate(seed=1, count=200)]
+    return tiny_model_dir(tmp_path_factory.mktemp("tiny") / "model", texts=texts)
+
+
+@pytest.fixture(scope="session")
+def make_repo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A clone of this repository's code with small parameters, its own DVC cache and MLflow store."""
+
+    def make(name: str) -> Path:
+        repo = tmp_path_factory.mktemp(name) / "repo"
+        repo.mkdir()
+        for part in ("flows", "tasks", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore"):
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, repo / part, ignore=shutil.ignore_patterns("__pycache__"))
+            elif (ROOT / part).exists():
+                shutil.copy(ROOT / part, repo / part)
+        (repo / ".dvc").mkdir()
+        for part in ("config", ".gitignore"):
+            shutil.copy(ROOT / ".dvc" / part, repo / ".dvc" / part)
+        params = yaml.load(repo / "params.yaml")
+        for section, values in SMALL.items():
+            params[section].update(values)
+        params["base"].update(model=f"folder:{model}", sha256=folder_sha256(model), chat_template=None)
+        yaml.dump(params, repo / "params.yaml")
+        subprocess.run(["git", "init", "--quiet"], cwd=repo, check=True)
+        return repo
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def by_dvc(make_repo: Any) -> Path:
+    repo: Path = make_repo("by-dvc")
+    command(repo, "dvc", "repro")
+    return repo
+
+
+def command(repo: Path, *arguments: str, fails: bool = False) -> str:
+    """Run a module in the repository, as a person would; returns all that it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RLHF_"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(repo / ".prefect"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{repo / 'mlflow.db'}",
+        "COLUMNS": "200",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=repo, env=environment, capture_output=True, text=True, check=False
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    return output
