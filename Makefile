@@ -28,10 +28,10 @@ format: .venv/installed  ## put the code into its format
 	@$(BIN)/ruff check --fix flows tasks tests bench
 
 ui: .venv/installed  ## MLflow on http://127.0.0.1:5000 and Prefect on http://127.0.0.1:4200, until Ctrl-C
-	@$(IN_VENV) exec $(BIN)/python -m flows.serve --pages
+	@$(IN_VENV) exec $(BIN)/python -m flows.serve --pages $(ARGS)
 
 serve: .venv/installed .git  ## the same with a worker that runs the deployments of prefect.yaml on their schedules
-	@$(IN_VENV) exec $(BIN)/python -m flows.serve
+	@$(IN_VENV) exec $(BIN)/python -m flows.serve $(ARGS)
 
 stack-local: .venv/installed .git  ## the stack of docker/ without Docker: PostgreSQL, S3, MLflow, Prefect, a worker
 	@$(IN_VENV) exec $(BIN)/python -m flows.stack local

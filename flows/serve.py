@@ -7,8 +7,10 @@ Prefect of new labels (flows/watch.py). With --pages (`make ui`) the pages alone
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -79,11 +81,10 @@ class Processes:
         """Until it answers; UserError when it does not."""
         deadline = time.monotonic() + STARTUP_SECONDS
         while time.monotonic() < deadline and all(process.poll() is None for process in self.running):
-            try:
+            with contextlib.suppress(httpx.TransportError):
                 if httpx.get(server.address + server.health, timeout=5).is_success:
                     return
-            except httpx.TransportError:
-                time.sleep(0.3)
+            time.sleep(0.3)
         raise UserError(f"no answer from {server.name} at {server.address}; see {self.log(server)}")
 
     def wait(self, now_and_then: Callable[[], object] | None = None, seconds: float = 60) -> int:
@@ -101,16 +102,19 @@ class Processes:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__.splitlines()[0])
     parser.add_argument("--pages", action="store_true", help="MLflow's and Prefect's pages alone, nothing runs")
+    parser.add_argument("--mlflow-port", type=int, default=MLFLOW_PORT)
+    parser.add_argument("--prefect-port", type=int, default=PREFECT_PORT)
     parser.add_argument("--watch-seconds", type=float, default=60, help="how often to look for new labels")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print("starting; this takes up to a minute ...", flush=True)
-    mlflow, prefect = servers()
+    mlflow, prefect = servers(arguments.mlflow_port, arguments.prefect_port)
     api = f"{prefect.address}/api"
     try:
         with Processes(get_current_settings().home) as up, temporary_settings({PREFECT_API_URL: api}):
             for server in (mlflow, prefect):
                 if server.command:
+                    refuse_taken(server)
                     up.start(server)
             for server in (mlflow, prefect):
                 up.wait_for(server)
@@ -120,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
                 return up.wait()
             for name in deploy():
                 print(f"deployed {name}", flush=True)
-            up.start(worker(client_environment(api)))
+            up.start(worker(client_environment(api, mlflow.address)))
             print(f"worker   takes runs from the pool `{POOL}`; logs: {up.logs}")
             print(f"Ctrl-C stops all of it. To run now: PREFECT_API_URL={api} prefect deployment run pipeline/nightly")
             sys.stdout.flush()
@@ -132,17 +136,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def servers() -> tuple[Child, Child]:
+def refuse_taken(server: Child) -> None:
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", int(server.address.rpartition(":")[2]))) == 0:
+            raise UserError(
+                f"something answers at {server.address} already: another `make serve`? Stop it, or choose another port: "
+                f"make serve ARGS=--{server.name.lower()}-port=N"
+            )
+
+
+def servers(mlflow_port: int, prefect_port: int) -> tuple[Child, Child]:
     """MLflow's and Prefect's."""
     store = tracking_uri()
-    mlflow = ["mlflow", "server", "--host=127.0.0.1", f"--port={MLFLOW_PORT}", "--workers=1"]
-    prefect = ["prefect", "server", "start", "--host=127.0.0.1", f"--port={PREFECT_PORT}"]
-    address = f"http://127.0.0.1:{MLFLOW_PORT}"
+    mlflow = ["mlflow", "server", "--host=127.0.0.1", f"--port={mlflow_port}", "--workers=1"]
+    prefect = ["prefect", "server", "start", "--host=127.0.0.1", f"--port={prefect_port}"]
+    address = f"http://127.0.0.1:{mlflow_port}"
     return (
         Child("MLflow", [], masked(store).rstrip("/"), "/health")
         if store.startswith("http")
         else Child("MLflow", mlflow, address, "/health", {"MLFLOW_BACKEND_STORE_URI": store}),
-        Child("Prefect", prefect, f"http://127.0.0.1:{PREFECT_PORT}", "/api/health"),
+        Child("Prefect", prefect, f"http://127.0.0.1:{prefect_port}", "/api/health"),
     )
 
 
@@ -150,13 +163,13 @@ def worker(environment: dict[str, str]) -> Child:
     return Child("worker", ["prefect", "worker", "start", f"--pool={POOL}"], environment=environment)
 
 
-def client_environment(api: str) -> dict[str, str]:
+def client_environment(api: str, mlflow: str) -> dict[str, str]:
     """What a run must know: where both servers are, and that it must say now and then that it lives."""
     store = tracking_uri()
     return {
         "PREFECT_API_URL": api,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "MLFLOW_TRACKING_URI": store if store.startswith("http") else f"http://127.0.0.1:{MLFLOW_PORT}",
+        "MLFLOW_TRACKING_URI": store if store.startswith("http") else mlflow,
     }
 
 
