@@ -19,6 +19,7 @@ from prefect import flow, get_run_logger, pause_flow_run
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 from prefect.deployments import run_deployment
+from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
@@ -82,13 +83,8 @@ def pipeline(
             if state.is_failed():
                 notify(notification, f"The pipeline failed: {state.message}", result)
                 return Failed(message=state.message, data=result)
-            champion = registered().get("champion", "") if workspace.changed(REGISTERED) else ""
-            if champion == "waits for approval":
-                champion = ask_for_approval(approval_hours, workspace)
-            if champion.startswith("refused"):
-                notify(notification, f"A policy missed its gates: {champion.partition(': ')[2]}", result)
-            elif champion.startswith("promoted"):
-                notify(notification, f"policy/{registered()['policy']['version']} is the champion now", result)
+            if workspace.changed(REGISTERED):
+                notify(notification, news_of_champion(workspace, approval_hours), result)
         workspace.remove()
     return Completed(message=f"branch {workspace.branch}", data=result)
 
@@ -131,23 +127,38 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
     return {"run": workspace.id, "branch": workspace.branch, "commit": commit}
 
 
-def ask_for_approval(hours: float, workspace: Workspace) -> str:
+def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
+    """What became of the policy that this run registered, once a person was asked where that is due."""
+    told = registered()
+    policy, verdict = f"policy/{told['policy']['version']}", str(told["champion"])
+    if verdict == "waits for approval":
+        verdict = ask_for_approval(told["policy"]["version"], approval_hours, workspace)
+    if verdict == "promoted":
+        return f"{policy} is the champion now"
+    if verdict.startswith("refused"):
+        return f"{policy} missed its gates: {verdict.partition(': ')[2]}"
+    return f"{policy} stays a candidate: {verdict}"
+
+
+def ask_for_approval(number: str, hours: float, workspace: Workspace) -> str:
     """Wait for a person on Prefect's page; `promoted` or why not. Nobody in time: the policy stays a candidate."""
     from tasks import registry
     from tasks.tracking import connect
 
-    number = registered()["policy"]["version"]
     client = connect()
     record = client.get_model_version("policy", number)
     text = (
         f"policy/{number} passed its gates (run {workspace.id}).\n\n{record.description}\n\nMay it become the champion?"
     )
-    answer = pause_flow_run(
-        wait_for_input=Approval.with_initial_data(description=text, approve=False, name="", reason=""),
-        timeout=int(hours * 3600),
-    )
+    try:
+        answer = pause_flow_run(
+            wait_for_input=Approval.with_initial_data(description=text, approve=False, name="", reason=""),
+            timeout=int(hours * 3600),
+        )
+    except FlowPauseTimeout:
+        return f"nobody said yes within {hours:g} hours"
     if not answer.approve:
-        return f"refused: by {answer.name}: {answer.reason}"
+        return f"{answer.name} said no: {answer.reason}"
     registry.promote(client, number, author=answer.name, reason=answer.reason)
     return "promoted"
 

@@ -140,8 +140,8 @@ def refuse_taken(server: Child) -> None:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", int(server.address.rpartition(":")[2]))) == 0:
             raise UserError(
-                f"something answers at {server.address} already: another `make serve`? Stop it, or choose another port: "
-                f"make serve ARGS=--{server.name.lower()}-port=N"
+                f"something answers at {server.address} already: another `make serve`? Stop it, or choose another "
+                f"port: make serve ARGS=--{server.name.lower()}-port=N"
             )
 
 

@@ -155,7 +155,7 @@ def test_a_missed_gate_is_told(repo: Toy, webhook: list[str]) -> None:
     champion(repo.root, "refused: kl")
     commit(repo.root)
     assert pipeline(notification="custom-webhook/team", return_state=True).is_completed()
-    assert "A policy missed its gates: kl" in webhook[0]
+    assert "policy/3 missed its gates: kl" in webhook[0]
 
 
 def test_a_failure_is_told_and_the_retry_goes_on_in_the_same_workspace(repo: Toy, webhook: list[str]) -> None:
@@ -208,6 +208,16 @@ def test_a_person_is_asked(repo: Toy, approve: bool, monkeypatch: pytest.MonkeyP
     assert asked[0]["timeout"] == 7200
     assert "policy/3 passed its gates" in asked[0]["description"]
     assert promoted == ([("3", "ann", "looked at it")] if approve else [])
+
+
+def test_nobody_answers(repo: Toy, webhook: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    champion(repo.root, "waits for approval")
+    commit(repo.root)
+    client = type("Client", (), {"get_model_version": lambda *_: type("V", (), {"description": "- kl: passed"})})
+    monkeypatch.setattr("tasks.tracking.connect", client)
+    state = pipeline(approval_hours=2 / 3600, notification="custom-webhook/team", return_state=True)
+    assert state.is_completed(), state.message
+    assert "policy/3 stays a candidate: nobody said yes" in webhook[0]
 
 
 # ---- the store ----
