@@ -8,7 +8,6 @@ brought in count as new as soon as their source has changed.
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,17 +62,19 @@ class Watcher:
         return hashlib.sha256("\n".join([tree, *self.sources(revision)]).encode()).hexdigest()
 
     def sources(self, revision: str) -> list[str]:
-        """Imports whose source has changed, as `dvc status` tells."""
-        files = imports(self.repository, revision)
-        if not files:
-            return []
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "status", "--json", *files],
-            cwd=self.repository,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise UserError(f"`dvc status {' '.join(files)}`: {done.stderr.strip()}")
-        return [done.stdout.strip()]
+        """What each import's source is now, beside what was imported of it. (`dvc status` skips frozen stages.)"""
+        from dvc.dependency.repo import RepoDependency
+        from dvc.exceptions import DvcException
+        from dvc.repo import Repo
+
+        found = []
+        for file in imports(self.repository, revision):
+            try:
+                with Repo(str(self.repository), rev=revision) as repo:
+                    for stage in repo.stage.load_file(file):
+                        for dep in stage.deps:
+                            known = isinstance(dep, RepoDependency) or not dep.exists
+                            found.append(f"{dep} {dep.status()} {'' if known else dep.get_hash().value}")
+            except (DvcException, OSError) as error:
+                raise UserError(f"{file}: {error}") from None
+        return found
