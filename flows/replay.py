@@ -248,7 +248,7 @@ def restore_params(run: Recorded, workspace: Workspace, console: Console) -> Non
     now = flat_params(load_params(workspace.path / "params.yaml"), spec.params)
     other = {key: value for key, value in run.params.items() if key in now and now[key] != value}
     if other:
-        told = ", ".join(f"{key}={value}" for key, value in other.items())
+        told = ", ".join(f"{key}={value}" for key, value in sorted(other.items()))
         console.print(f"[yellow]note:[/] parameters from the record, not from the commit: {told}")
         workspace.set_params({key: literal(value) for key, value in other.items()})
 
