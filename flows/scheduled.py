@@ -46,6 +46,14 @@ class Approval(RunInput):
     reason: str
 
 
+class PipelineFailedError(UserError):
+    """Raised and not returned: Prefect retries in the same process only what raises."""
+
+    def __init__(self, message: str, facts: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
 @flow(name="pipeline", retries=1, retry_delay_seconds=30)
 def pipeline(
     revision: str = "HEAD",
@@ -81,8 +89,7 @@ def pipeline(
             state = rlhf(targets, pull=True, return_state=True)
             result = finish(workspace, state)
             if state.is_failed():
-                notify(notification, f"The pipeline failed: {state.message}", result)
-                return Failed(message=state.message, data=result)
+                raise PipelineFailedError(str(state.message), result)
             if workspace.changed(REGISTERED):
                 notify(notification, news_of_champion(workspace, approval_hours), result)
         workspace.remove()
@@ -91,11 +98,11 @@ def pipeline(
 
 @contextmanager
 def telling_of_failure(notification: str | None) -> Iterator[None]:
-    """Whatever goes wrong outside the stages is told, too."""
+    """Whatever goes wrong is told."""
     try:
         yield
     except Exception as error:
-        notify(notification, f"The pipeline failed: {error}", {})
+        notify(notification, f"The pipeline failed: {error}", getattr(error, "facts", {}))
         raise
 
 
@@ -181,7 +188,7 @@ def sweep(
     for point in points(grid, samples, seed):
         state = pipeline(revision, targets, point, repository, notification, return_state=True)
         result = state.result(raise_on_failure=False)
-        told: dict[str, Any] = result if isinstance(result, dict) else {}
+        told: dict[str, Any] = result if isinstance(result, dict) else getattr(result, "facts", {})
         rows.append({**point, "result": state.name, "branch": told.get("branch", ""), "commit": told.get("commit", "")})
         create_table_artifact(key="rlhf-sweep", table=rows, description="compare: dvc metrics diff COMMIT COMMIT")
     failed = [row for row in rows if row["result"] != "Completed"]

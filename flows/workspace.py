@@ -115,9 +115,10 @@ class Workspace:
         missing = []
         if remote_of(self.path):
             for more in ([], ["--run-cache"]):
-                done = _run(["dvc", "push", "--quiet", *more], self.path)
+                done = _run(["dvc", "push", *more], self.path)  # --quiet would hide why it fails
                 if done.returncode:
-                    raise UserError(f"`dvc push` failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+                    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.startswith("ERROR")]
+                    raise UserError("`dvc push` failed: " + ("\n".join(lines[:5]) or done.stderr.strip()[-2000:]))
         else:
             missing.append("there is no DVC remote (core.remote): outs stay in the cache of this machine")
         return missing

@@ -94,6 +94,7 @@ def webhook(repo: Toy) -> Iterator[list[str]]:
     block.save("team", overwrite=True)
     yield received
     server.shutdown()
+    server.server_close()
 
 
 def test_a_run_in_its_own_workspace(repo: Toy, webhook: list[str]) -> None:
@@ -237,14 +238,21 @@ def s3(repo: Toy, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_s3_refuses_and_then_takes_it(repo: Toy, s3: str) -> None:
     class Handler(BaseHTTPRequestHandler):
+        """An empty bucket that may be read and not written."""
+
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.send_error(403, "Forbidden")
 
-        def do_GET(self) -> None:
-            self.send_error(403, "Forbidden")
+        do_POST = do_PUT
 
-        do_HEAD = do_POST = do_GET
+        def do_HEAD(self) -> None:
+            self.send_error(404, "Not Found")
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<ListBucketResult><Name>dvc</Name><KeyCount>0</KeyCount></ListBucketResult>")
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -354,6 +362,7 @@ def test_points_of_a_sweep() -> None:
 def test_pruning(repo: Toy) -> None:
     pipeline(return_state=True)
     (repo.root / "fail-last.txt").write_text("mistake mistake mistake")
+    (repo.root / "knob.txt").write_text("2")
     commit(repo.root)
     pipeline.with_options(retries=0)(return_state=True)
     assert len(list((repo.root / ".rlhf/workspaces").glob("*/"))) == 1
