@@ -94,7 +94,7 @@ class Workspace:
         """What changed goes to the workspace's branch; returns the commit."""
         present = [name for name in RECORDED if (self.path / name).exists()]
         git(self.path, "add", "--", *present)
-        if git(self.path, "status", "--porcelain", "--untracked-files=no"):
+        if git(self.path, "diff", "--cached", "--name-only"):
             git(self.path, *identity(self.path), "commit", "--quiet", "--no-verify", "-m", message)
         return git(self.path, "rev-parse", "HEAD")
 
