@@ -240,6 +240,8 @@ def test_s3_refuses_and_then_takes_it(repo: Toy, s3: str) -> None:
     class Handler(BaseHTTPRequestHandler):
         """An empty bucket that may be read and not written."""
 
+        protocol_version = "HTTP/1.1"  # clients wait for `100 Continue` before they send a body
+
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.send_error(403, "Forbidden")
@@ -250,9 +252,11 @@ def test_s3_refuses_and_then_takes_it(repo: Toy, s3: str) -> None:
             self.send_error(404, "Not Found")
 
         def do_GET(self) -> None:
+            empty = b"<ListBucketResult><Name>dvc</Name><KeyCount>0</KeyCount></ListBucketResult>"
             self.send_response(200)
+            self.send_header("content-length", str(len(empty)))
             self.end_headers()
-            self.wfile.write(b"<ListBucketResult><Name>dvc</Name><KeyCount>0</KeyCount></ListBucketResult>")
+            self.wfile.write(empty)
 
         def log_message(self, *_: Any) -> None:
             pass
