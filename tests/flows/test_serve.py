@@ -47,6 +47,7 @@ def repository(toy: Toy) -> Toy:
     for name in ("flows", "tasks", "prefect.yaml"):
         (toy.root / name).symlink_to(ROOT / name)
     (toy.root / "params.yaml").write_text("toy: {size: 1}\n")
+    toy.environment["PREFECT_HOME"] = str(toy.root.parent / "prefect")  # the deployments are in its database
     return toy
 
 
