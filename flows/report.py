@@ -12,6 +12,7 @@ from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run
+from prefect.utilities.urls import url_for
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -72,7 +73,8 @@ def pipeline_record() -> Iterator[Pipeline]:
     """Open the pipeline's MLflow run, and close it however the flow ends."""
     from tasks import tracking  # mlflow takes seconds to import
 
-    pipeline = Pipeline(str(flow_run.get_id()), page=flow_run.get_flow_run_ui_url() or "")
+    id = str(flow_run.get_id())
+    pipeline = Pipeline(id, page=url_for("flow-run", id) or "")
     commit, dirty = git_state()
     tags = {"git.commit": commit, "git.dirty": str(dirty).lower(), "prefect.flow_run_id": pipeline.id}
     if pipeline.page:

@@ -23,13 +23,12 @@ import httpx
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows.deploy import POOL, deploy
-from flows.server import STARTUP_SECONDS, leashed
+from flows.server import PAGES_PORT, STARTUP_SECONDS, leashed
 from flows.watch import Watcher
 from tasks.stage import UserError
 from tasks.tracking import masked, tracking_uri
 
 MLFLOW_PORT = 5000  # tasks/tracking.py prints links to it
-PREFECT_PORT = 4200
 # without job execution MLflow takes 2 processes and 0.5 GB, with it 10 and 2.5
 QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
 
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__.splitlines()[0])
     parser.add_argument("--pages", action="store_true", help="MLflow's and Prefect's pages alone, nothing runs")
     parser.add_argument("--mlflow-port", type=int, default=MLFLOW_PORT)
-    parser.add_argument("--prefect-port", type=int, default=PREFECT_PORT)
+    parser.add_argument("--prefect-port", type=int, default=PAGES_PORT)
     parser.add_argument("--watch-seconds", type=float, default=60, help="how often to look for new labels")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

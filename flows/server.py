@@ -18,11 +18,12 @@ from pathlib import Path
 import httpx
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, get_current_settings, temporary_settings
 
 from flows import leash
 
 STARTUP_SECONDS = 180
+PAGES_PORT = 4200  # of the server that is for people (flows/serve.py)
 
 
 def leashed(command: list[str], **options: bool | float) -> list[str]:
@@ -49,7 +50,8 @@ def prefect_server(say: Callable[[str], None]) -> Iterator[str]:
         )
     try:
         wait_until_healthy(process, url, log)
-        with temporary_settings({PREFECT_API_URL: url}):
+        # this server's address is gone with it; `make ui` shows the run at its own
+        with temporary_settings({PREFECT_API_URL: url, PREFECT_UI_URL: f"http://127.0.0.1:{PAGES_PORT}"}):
             try:
                 yield url
             finally:
