@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -20,6 +23,7 @@ from rich.text import Text
 
 PREFECT_FOLDER = str(Path(prefect.__file__).parent)
 SECONDS_BETWEEN_LOGGED_BARS = 15
+PATIENCE_SECONDS = 5.0  # with Prefect's server, for the last state of a bar
 ENGINE_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 
 
@@ -81,6 +85,7 @@ class Bar:
         self._logger = logger
         self._logged = self._published = -math.inf
         self._artifact: UUID | None = None
+        self._publisher: threading.Thread | None = None
         handlers = logging.getLogger().handlers
         self._terminal = next((one for one in handlers if isinstance(one, Terminal) and one.console.is_terminal), None)
 
@@ -94,16 +99,32 @@ class Bar:
             self._logger.info(text)
 
     def _publish(self, text: str) -> None:
-        """As an artifact of the task run. The last state is 100 %: an empty text comes when the stage has ended."""
+        """As an artifact of the task run. The last state is 100 %: an empty text comes when the stage has ended.
+
+        In a thread of its own: Prefect's server may be away, and the stage waits until what it prints is read.
+        """
         share = re.search(r"(\d+)%", text)
         due = time.monotonic() - self._published > SECONDS_BETWEEN_LOGGED_BARS
         if (share is None and text) or (not text and self._artifact is None) or (text and not due):
             return
+        if self._publisher is not None:
+            self._publisher.join(0 if text else PATIENCE_SECONDS)
+            if self._publisher.is_alive():
+                return
         percent = float(share[1]) if share else 100.0
         self._published = time.monotonic()
-        if self._artifact is None:
-            self._artifact = cast(
-                "UUID", create_progress_artifact(percent, key=f"rlhf-{self._stage}", description=text)
-            )
-        else:
-            update_progress_artifact(self._artifact, percent, description=text or f"{self._stage}: ended")
+
+        def publish() -> None:
+            with contextlib.suppress(Exception):  # a bar is worth no failure
+                if self._artifact is None:
+                    self._artifact = cast(
+                        "UUID", create_progress_artifact(percent, key=f"rlhf-{self._stage}", description=text)
+                    )
+                else:
+                    update_progress_artifact(self._artifact, percent, description=text or f"{self._stage}: ended")
+
+        # the artifact finds its task run in Prefect's context
+        self._publisher = threading.Thread(target=copy_context().run, args=(publish,), daemon=True)
+        self._publisher.start()
+        if not text:
+            self._publisher.join(PATIENCE_SECONDS)

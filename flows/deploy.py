@@ -13,6 +13,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -20,10 +21,11 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import get_current_settings
 
 from tasks.stage import UserError
+from tasks.tracking import masked
 
 POOL = os.environ.get("RLHF_POOL", "rlhf")
 SILENT_SECONDS = 105  # three heartbeats, and some for a server that was restarted
@@ -33,14 +35,18 @@ ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 def deploy() -> list[str]:
     """The names of what was deployed, `flow/deployment`."""
-    make_pool()
-    make_automation()
-    home = {"RLHF_POOL": POOL, "RLHF_HOME": str(Path.cwd())}
+    api = get_current_settings().api.url
+    if not api:
+        raise UserError("say which Prefect server: PREFECT_API_URL=http://127.0.0.1:4200/api")
+    try:
+        make_pool()
+        make_automation()
+    except (httpx.TransportError, PrefectHTTPStatusError) as error:
+        raise UserError(f"Prefect's server at {masked(api)}: {masked(str(error)).splitlines()[0]}") from None
+    home = {"RLHF_POOL": POOL, "RLHF_HOME": os.environ.get("RLHF_HOME", str(Path.cwd()))}
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
-        env=os.environ
-        | home
-        | {"PREFECT_API_URL": str(get_current_settings().api.url), "NO_COLOR": "1", "COLUMNS": "200"},
+        env=os.environ | home | {"PREFECT_API_URL": api, "NO_COLOR": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         check=False,

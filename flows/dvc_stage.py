@@ -182,6 +182,9 @@ class Pool:
             self._processes.add(process)
         try:
             yield process
+        except BaseException:
+            process.terminate()  # nobody reads what it prints any more
+            raise
         finally:
             process.wait()
             assert process.stdout

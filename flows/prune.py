@@ -1,8 +1,8 @@
 """Remove what scheduled runs leave behind: `python -m flows.prune [--gc]`.
 
-Workspaces go when nobody works in them and they are old; branches `runs/ID` go when there are more than asked for, but
-for those that a registered version was made from. With --gc, DVC's cache loses what no branch and no tag needs: what
-registered versions were made of is on a branch of its own, `rlhf/registered`, so it stays.
+Workspaces go when nobody works in them and they are old; branches `runs/ID` go when there are more than asked for.
+With --gc, DVC's cache loses what no branch and no tag needs. What registered versions were made of, data and commits,
+is on a branch of its own, `rlhf/registered`, so it stays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.replay import Store, lineage
-from flows.workspace import BRANCHES, WORKSPACES, Workspace, git, held, identity
+from flows.workspace import ALL, BRANCHES, WORKSPACES, Workspace, git, held, identity
 from tasks.lineage import load_stages
 from tasks.stage import UserError
 from tasks.tracking import connect, masked, tracking_uri
@@ -35,6 +35,7 @@ class Removed(NamedTuple):
 
 def prune(keep_days: float, keep_branches: int, repository: Path = Path()) -> Removed:
     """Workspaces untouched for so many days; run branches but the newest so many and those of registered versions."""
+    keep_on_branch(repository, registered(repository))
     return Removed(prune_workspaces(repository, keep_days), prune_branches(repository, keep_branches))
 
 
@@ -52,41 +53,30 @@ def prune_workspaces(repository: Path, keep_days: float) -> list[str]:
 
 
 def prune_branches(repository: Path, keep: int) -> list[str]:
-    """Needs MLflow's word on what is registered: where it cannot be asked, nothing is removed."""
     listed = git(
         repository, "for-each-ref", "--sort=-committerdate", "--format=%(refname:short)", f"refs/heads/{BRANCHES}"
     )
     branches = listed.splitlines()
     worktrees = git(repository, "worktree", "list", "--porcelain")
-    needed = registered_commits()
     removed = []
     for branch in branches[keep:]:
         if f"branch refs/heads/{branch}\n" in worktrees + "\n":
-            continue
-        commits = git(repository, "rev-list", branch).split()
-        if needed & set(commits[:2]):  # the run's own commits: what it recorded, on top of its parameters
             continue
         git(repository, "branch", "--quiet", "-D", branch)
         removed.append(branch)
     return removed
 
 
-def registered_commits() -> set[str]:
-    """The commits that registered versions were made from, and those that recorded the runs."""
-    client = connect()
-    versions = client.search_model_versions()
-    return {
-        version.tags[key] for version in versions for key in ("git.commit", "git.run_commit") if version.tags.get(key)
-    }
-
-
 def collect_garbage(repository: Path) -> int:
     """`dvc gc` where it can hurt nobody; returns how many objects of registered versions it was told to keep."""
     root = Path(git(repository, "rev-parse", "--show-toplevel")) / WORKSPACES
+    root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as idle:
-        for folder in root.glob("*/"):
-            idle.enter_context(held(root, folder.name))  # what a run has made is on no branch yet
-        kept = registered_data(repository)
+        idle.enter_context(held(root, ALL))
+        for lock in root.glob("*.lock"):
+            if lock.stem != ALL:
+                idle.enter_context(held(root, lock.stem))  # what a run has made is on no branch yet
+        kept = registered(repository)
         keep_on_branch(repository, kept)
         done = subprocess.run(
             [sys.executable, "-m", "dvc", "gc", "--force", "--quiet", "--workspace", "--all-branches", "--all-tags"],
@@ -97,33 +87,53 @@ def collect_garbage(repository: Path) -> int:
         )
         if done.returncode:
             raise UserError(f"`dvc gc` failed: {done.stderr.strip()[-2000:]}")
-    return len(kept)
+    return len(kept.data)
 
 
-def registered_data(repository: Path) -> set[str]:
-    """DVC's hashes of every registered model, and of all that the policies were made from."""
+class Kept(NamedTuple):
+    """What registered versions need."""
+
+    data: set[str]  # DVC's hashes: of the models, and of all that the policies were made from
+    commits: set[str]  # of all the runs that made the policies
+
+
+def registered(repository: Path) -> Kept:
+    """Of every version in MLflow. UserError where the record of one has a gap: then nothing may be removed.
+
+    Versions whose commit is unknown here are another repository's; of them the models alone are kept.
+    """
     client, store = connect(), Store(repository)
-    kept = set()
+    kept = Kept(set(), set())
     for version in client.search_model_versions():
         tags = version.tags
-        kept |= {tags[key] for key in ("dvc.md5", "evaluation.samples") if tags.get(key)}
-        if version.name == "policy":
-            with contextlib.suppress(UserError), tempfile.TemporaryDirectory() as folder:
+        kept.data.update(tags[key] for key in ("dvc.md5", "evaluation.samples") if tags.get(key))
+        if version.name == "policy" and is_known(repository, tags.get("git.commit", "")):
+            with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "dvc.yaml").write_text(git(repository, "show", f"{tags['git.commit']}:dvc.yaml"))
                 runs = lineage(client, tags["dvc.path"], tags["dvc.md5"], load_stages(Path(folder)), store)
-                kept |= {md5 for run in runs for md5 in (*run.deps.values(), *run.outs.values())}
+            kept.commits.update([tags["git.commit"], *(run.commit for run in runs)])
+            kept.data.update(md5 for run in runs for md5 in (*run.deps.values(), *run.outs.values()))
     return kept
 
 
-def keep_on_branch(repository: Path, hashes: set[str]) -> None:
-    """A branch of `.dvc` files, one an object, which `dvc gc --all-branches` reads as it reads any other."""
+def is_known(repository: Path, commit: str) -> bool:
+    with contextlib.suppress(UserError):
+        return bool(commit and git(repository, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"))
+    return False
+
+
+def keep_on_branch(repository: Path, kept: Kept) -> None:
+    """A branch of `.dvc` files, one an object, which `dvc gc --all-branches` reads as it reads any other; its commit
+    has those of the runs as parents, so that git keeps them."""
     lines = []
-    for md5 in sorted(hashes):
+    for md5 in sorted(kept.data):
         text = f"outs:\n- md5: {md5}\n  hash: md5\n  path: {md5}\n"
         blob = git(repository, "hash-object", "-w", "--stdin", text=text)
         lines.append(f"100644 blob {blob}\t{md5}.dvc\n")
     tree = git(repository, "mktree", text="".join(lines))
-    commit = git(repository, *identity(repository), "commit-tree", "-m", "What registered versions were made of", tree)
+    parents = [word for commit in sorted(kept.commits) for word in ("-p", commit)]
+    message = "What registered versions were made of"
+    commit = git(repository, *identity(repository), "commit-tree", *parents, "-m", message, tree)
     git(repository, "update-ref", f"refs/heads/{KEPT}", commit)
 
 

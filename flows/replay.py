@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.workspace import Workspace, git, open_workspace
+from flows.workspace import Workspace, change_params, git, open_workspace
 from tasks.lineage import StageSpec, environment, hash_path, load_stages, upstream
 from tasks.params import load_params
 from tasks.stage import UserError
@@ -155,8 +155,10 @@ class Store:
                 file = Path(folder) / "listing.json"
                 try:
                     fetch_object(md5, path, self.places, file)
-                except OSError:
+                except FileNotFoundError:
                     return {}
+                except OSError as error:
+                    raise UserError(str(error)) from None
                 self._listings[md5] = {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text())}
         return self._listings[md5]
 
@@ -198,7 +200,7 @@ def replay(version: str, only: str | None, console: Console) -> list[Compared]:
     repository = Path(git(Path(), "rev-parse", "--show-toplevel"))
     store = Store(repository)
     found: list[Compared] = []
-    with open_workspace(f"replay-{uuid.uuid4().hex[:8]}", tags["git.commit"]) as workspace:
+    with open_workspace(f"replay-{uuid.uuid4().hex[:8]}", tags["git.commit"], adopt=False) as workspace:
         try:
             runs = lineage(client, tags["dvc.path"], tags["dvc.md5"], load_stages(workspace.path), store)
             if only is not None and only not in [run.stage for run in runs]:
@@ -223,13 +225,13 @@ def again(run: Recorded, workspace: Workspace, store: Store, console: Console) -
             f"the code of commit {run.commit[:8]} may differ."
         )
     git(workspace.path, "checkout", "--quiet", "--force", "--detach", run.commit)
+    restore_params(run, workspace, console)
     for dep, md5 in run.deps.items():
         place = workspace.path / dep
         if place.exists() and hash_path(place) == md5:
             continue
         clear(place)
         store.put(dep, md5, place)
-    restore_params(run, workspace, console)
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{workspace.path / '.rlhf/replay.db'}",  # not part of the record
         "RLHF_PIPELINE_ID": "replay",
@@ -250,7 +252,7 @@ def restore_params(run: Recorded, workspace: Workspace, console: Console) -> Non
     if other:
         told = ", ".join(f"{key}={value}" for key, value in sorted(other.items()))
         console.print(f"[yellow]note:[/] parameters from the record, not from the commit: {told}")
-        workspace.set_params({key: literal(value) for key, value in other.items()})
+        change_params(workspace.path / "params.yaml", {key: literal(value) for key, value in other.items()})
 
 
 def literal(text: str) -> Any:

@@ -18,18 +18,21 @@ from typing import Any
 from prefect import flow, get_run_logger, pause_flow_run
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
+from prefect.variables import Variable
+from pydantic import Field
 from rich.console import Console
 
 from flows import prune as pruning
 from flows import replay as replaying
 from flows.notify import notify
 from flows.rlhf import needed, rlhf
-from flows.workspace import BRANCHES, Workspace, open_workspace
+from flows.workspace import BRANCHES, Workspace, name_of, open_workspace
 from tasks.lineage import load_stages, upstream
 from tasks.run import end_with_parent
 from tasks.stage import UserError
@@ -42,8 +45,8 @@ class Approval(RunInput):
     """What a person answers on Prefect's page before a policy becomes the champion."""
 
     approve: bool
-    name: str
-    reason: str
+    name: str = Field(min_length=1)
+    reason: str = Field(min_length=1)
 
 
 class PipelineFailedError(UserError):
@@ -91,19 +94,30 @@ def pipeline(
             if state.is_failed():
                 raise PipelineFailedError(str(state.message), result)
             if workspace.changed(REGISTERED):
-                notify(notification, news_of_champion(workspace, approval_hours), result)
+                tell_news(notification, workspace, news_of_champion(workspace, approval_hours), result)
         workspace.remove()
     return Completed(message=f"branch {workspace.branch}", data=result)
 
 
 @contextmanager
 def telling_of_failure(notification: str | None) -> Iterator[None]:
-    """Whatever goes wrong is told."""
+    """Whatever goes wrong is told, once no retry can mend it."""
     try:
         yield
     except Exception as error:
-        notify(notification, f"The pipeline failed: {error}", getattr(error, "facts", {}))
+        run = FlowRunContext.get()
+        retries = (run and run.flow and run.flow.retries) or 0
+        if flow_run.get_run_count() > retries:
+            notify(notification, f"The pipeline failed: {error}", getattr(error, "facts", {}))
         raise
+
+
+def tell_news(notification: str | None, workspace: Workspace, news: str, facts: dict[str, Any]) -> None:
+    """Unless it is what was told last: a nightly run that finds nothing new registers the same version again."""
+    told = f"rlhf_news_{name_of(workspace.repository)}"
+    if Variable.get(told, default=None) != news:
+        notify(notification, news, facts)
+        Variable.set(told, news, overwrite=True)
 
 
 def run_elsewhere(stage: str, deployment: str, workspace: Workspace) -> None:
@@ -128,9 +142,15 @@ def registered() -> dict[str, Any]:
 def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
     """Keep what there is, of a failed run too: lock and reports on the branch, outs and run cache at the remote."""
     commit = workspace.commit(f"Run {workspace.id}: {'failed' if state.is_failed() else 'done'}")
-    for missing in workspace.push():
-        get_run_logger().warning(missing)
-    workspace.publish()
+    try:
+        for missing in workspace.push():
+            get_run_logger().warning(missing)
+    except UserError as error:
+        if not state.is_failed():
+            raise
+        get_run_logger().warning("%s", error)  # beside the stage's own, which is what the run failed of
+    finally:
+        workspace.publish()
     return {"run": workspace.id, "branch": workspace.branch, "commit": commit}
 
 
@@ -148,7 +168,8 @@ def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
 
 
 def ask_for_approval(number: str, hours: float, workspace: Workspace) -> str:
-    """Wait for a person on Prefect's page; `promoted` or why not. Nobody in time: the policy stays a candidate."""
+    """Wait for a person on Prefect's page; `promoted` or why not. Nobody in time is a no, and they are not asked again
+    of this version; `make promote` stays open to them."""
     from tasks import registry
     from tasks.tracking import connect
 
@@ -163,9 +184,15 @@ def ask_for_approval(number: str, hours: float, workspace: Workspace) -> str:
             timeout=int(hours * 3600),
         )
     except FlowPauseTimeout:
-        return f"nobody said yes within {hours:g} hours"
+        reason = f"nobody said yes within {hours:g} hours"
+        registry.decline(client, number, author="nobody", reason=reason)
+        return reason
     if not answer.approve:
+        registry.decline(client, number, author=answer.name, reason=answer.reason)
         return f"{answer.name} said no: {answer.reason}"
+    current = registry.champion(client)
+    if current is not None and str(current.version) != record.tags.get("gates.rival"):
+        return f"policy/{current.version} became the champion meanwhile, and this one was not held against it"
     registry.promote(client, number, author=answer.name, reason=answer.reason)
     return "promoted"
 

@@ -109,7 +109,11 @@ class Stack:
         with postgres(self.folder / "postgres", self.ports["postgres"], self.password), Processes(self.folder) as up:
             up.start(s3)
             up.wait_for(s3)
-            subprocess.run([sys.executable, "-m", "flows.stack", "buckets"], env=os.environ | self.client, check=True)
+            made = subprocess.run(
+                [sys.executable, "-m", "flows.stack", "buckets"], env=os.environ | self.client, check=False
+            )
+            if made.returncode:
+                raise UserError("the buckets could not be made; see above.")
             for server in others:
                 up.start(server)
             for server in others:
@@ -139,9 +143,7 @@ def postgres(folder: Path, port: int, password: str) -> Iterator[None]:
     if user:
         for path in (folder, words):
             shutil.chown(path, user)
-        for parent in folder.parents:  # a temporary folder is its owner's alone, and the other user must pass
-            if parent.stat().st_uid == os.getuid() and parent != Path("/"):
-                parent.chmod(parent.stat().st_mode | 0o111)
+        folder.parent.chmod(0o711)  # a temporary folder is its owner's alone, and the other user must pass
 
     def run(tool: str, *arguments: str, **environment: str) -> None:
         done = subprocess.run(
@@ -175,7 +177,7 @@ def postgres_tools() -> Path:
         print("installing Debian's postgresql ...", flush=True)
         quiet = {"DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "--yes", "--no-install-recommends", "postgresql"]):
-            subprocess.run(["apt-get", "-qq", *command], env=os.environ | quiet, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(["apt-get", "-qq", *command], env=os.environ | quiet, check=False, stdout=subprocess.DEVNULL)
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if found:
         return found[-1].parent
@@ -196,7 +198,11 @@ def postgres_user() -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def local() -> int:
+def local(watch_seconds: float) -> int:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.watch import Watcher
+
     with tempfile.TemporaryDirectory(prefix="rlhf-stack-") as folder:
         stack = Stack(Path(folder))
         print("starting; this takes a minute or two ...", flush=True)
@@ -211,19 +217,21 @@ def local() -> int:
                 f"In another shell: . {settings}    then `dvc remote add -d s3 s3://dvc/rlhf`, `make run`, `dvc push`"
             )
             print("Ctrl-C stops all of it and forgets what it holds.", flush=True)
-            return up.wait()
+            with temporary_settings({PREFECT_API_URL: stack.client["PREFECT_API_URL"]}):
+                return up.wait(Watcher(Path()).look, watch_seconds)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.stack", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("local", help="the whole stack on loopback, without Docker, until Ctrl-C")
+    command = commands.add_parser("local", help="the whole stack on loopback, without Docker, until Ctrl-C")
+    command.add_argument("--watch-seconds", type=float, default=60, help="how often to look for new labels")
     commands.add_parser("buckets", help="make the S3 buckets that MLflow and DVC use")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if arguments.command == "local":
-            return local()
+            return local(arguments.watch_seconds)
         buckets()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

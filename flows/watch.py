@@ -1,5 +1,7 @@
 """Tell Prefect when labels or raw data are new: the event `rlhf.new-labels` starts the deployment `on-new-labels`.
 
+    python -m flows.watch       looks every minute, until Ctrl-C; `make serve` does the same
+
 New is what the repository's current commit, or its upstream's after a fetch, says of `data/raw` and `data/labels`:
 files that git keeps, and the hashes in the `.dvc` files of what DVC keeps. Data that `dvc import` or `dvc import-url`
 brought in count as new as soon as their source has changed.
@@ -7,15 +9,18 @@ brought in count as new as soon as their source has changed.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
+import time
 from pathlib import Path
 
 from prefect.events import emit_event
 from prefect.variables import Variable
 
-from flows.workspace import INCOMING, git, imports
+from flows.workspace import INCOMING, git, imports, name_of
 from tasks.stage import UserError
+from tasks.tracking import masked
 
 EVENT = "rlhf.new-labels"
 
@@ -25,27 +30,24 @@ class Watcher:
 
     def __init__(self, repository: Path) -> None:
         self.repository = Path(git(repository, "rev-parse", "--show-toplevel"))
-        name = hashlib.sha256(str(self.repository).encode()).hexdigest()[:8]
-        self.variable = f"rlhf_labels_{name}"
+        self.variable = f"rlhf_labels_{name_of(str(self.repository))}"
 
     def look(self) -> bool:
         """Whether there is something new; then the event is out. The first look only takes note."""
         try:
             revision = self.revision()
             state = self.state(revision)
-        except UserError as error:
-            print(f"warning: cannot look for new labels: {error}", file=sys.stderr)
+            before = Variable.get(self.variable, default=None)
+            is_new = before is not None and state != before
+            if is_new:  # told before it is noted: a break between the two tells it twice, and loses nothing
+                resource = {"prefect.resource.id": f"rlhf.repository.{self.variable}"}
+                emit_event(EVENT, resource=resource, payload={"revision": revision})
+            if state != before:
+                Variable.set(self.variable, state, overwrite=True)
+        except Exception as error:  # git's, DVC's or Prefect's servers may be away for a while: the next look will see
+            print(f"warning: cannot look for new labels: {masked(str(error))}", file=sys.stderr)
             return False
-        before = Variable.get(self.variable, default=None)
-        if state == before:
-            return False
-        Variable.set(self.variable, state, overwrite=True)
-        if before is None:
-            return False
-        emit_event(
-            EVENT, resource={"prefect.resource.id": f"rlhf.repository.{self.variable}"}, payload={"revision": revision}
-        )
-        return True
+        return is_new
 
     def revision(self) -> str:
         """The commit to look at: the upstream's newest where there is one."""
@@ -53,7 +55,7 @@ class Watcher:
             upstream = git(self.repository, "rev-parse", "--abbrev-ref", "@{upstream}")
         except UserError:
             return git(self.repository, "rev-parse", "HEAD")
-        git(self.repository, "fetch", "--quiet")
+        git(self.repository, "-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=30", "fetch", "--quiet")
         return git(self.repository, "rev-parse", upstream)
 
     def state(self, revision: str) -> str:
@@ -62,9 +64,10 @@ class Watcher:
         return hashlib.sha256("\n".join([tree, *self.sources(revision)]).encode()).hexdigest()
 
     def sources(self, revision: str) -> list[str]:
-        """What each import's source is now, beside what was imported of it. (`dvc status` skips frozen stages.)"""
+        """The hash of each import's source as it is now. (`dvc status` skips frozen stages.)"""
         from dvc.dependency.repo import RepoDependency
         from dvc.exceptions import DvcException
+        from dvc.fs import LocalFileSystem
         from dvc.repo import Repo
 
         found = []
@@ -73,8 +76,32 @@ class Watcher:
                 with Repo(str(self.repository), rev=revision) as repo:
                     for stage in repo.stage.load_file(file):
                         for dep in stage.deps:
-                            known = isinstance(dep, RepoDependency) or not dep.exists
-                            found.append(f"{dep} {dep.status()} {'' if known else dep.get_hash().value}")
+                            if isinstance(dep, RepoDependency):
+                                dep.update()  # in memory: from the commit that was imported to the newest
+                            elif dep.protocol == "local":
+                                dep.fs = LocalFileSystem()  # of a remote that is a folder DVC asks git, at a revision
+                            found.append(f"{dep} {dep.get_hash().value if dep.exists else ''}")
             except (DvcException, OSError) as error:
                 raise UserError(f"{file}: {error}") from None
         return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flows.watch", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60, help="between two looks")
+    arguments = parser.parse_args(argv)
+    try:
+        watcher = Watcher(Path())
+        while True:
+            if watcher.look():
+                print("new labels or raw data: told Prefect", flush=True)
+            time.sleep(arguments.seconds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -28,11 +29,12 @@ from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
 from tasks.stage import CHECKPOINTS, UserError
-from tasks.tracking import JOURNALS
+from tasks.tracking import JOURNALS, masked
 
 WORKSPACES = Path(".rlhf/workspaces")
 BRANCHES = "runs/"
 INCOMING = ("data/raw", "data/labels")  # what people and other systems bring
+ALL = "all"  # the lock of whoever must have no workspace begin
 START = Path(".rlhf/start")  # in a workspace that is ready: the commit that it was made from
 # what a run changes and git keeps: DVC ignores the large outs by .gitignore files of its own
 RECORDED = ("dvc.lock", "params.yaml", "data")
@@ -65,21 +67,8 @@ class Workspace:
 
     def set_params(self, values: Mapping[str, Any]) -> None:
         """Change params.yaml, {"ppo.kl_coef": 0.05}, and put it on the branch, so that every run says what it ran."""
-        yaml = YAML()
-        yaml.preserve_quotes = True
-        yaml.width = 4096
-        file = self.path / "params.yaml"
-        params = yaml.load(file)
-        for key, value in values.items():
-            *sections, last = key.split(".")
-            section = params
-            for name in sections:
-                section = section.get(name) if isinstance(section, dict) else None
-            if not isinstance(section, dict) or last not in section:
-                raise UserError(f"params.yaml has no key `{key}`.")
-            section[last] = value
+        change_params(self.path / "params.yaml", values)
         if values:
-            yaml.dump(params, file)
             self.commit("Parameters: " + ", ".join(f"{key}={value}" for key, value in values.items()))
 
     def update_imports(self) -> None:
@@ -87,7 +76,7 @@ class Workspace:
         if files := imports(self.path, "HEAD"):
             done = _run(["dvc", "update", "--quiet", *files], self.path)
             if done.returncode:
-                raise UserError(f"`dvc update {' '.join(files)}` failed: {done.stderr.strip()[-2000:]}")
+                raise UserError(masked(f"`dvc update {' '.join(files)}` failed: {done.stderr.strip()[-2000:]}"))
             self.commit("Imports brought up to date")
 
     def commit(self, message: str) -> str:
@@ -118,7 +107,8 @@ class Workspace:
                 done = _run(["dvc", "push", *more], self.path)  # --quiet would hide why it fails
                 if done.returncode:
                     lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.startswith("ERROR")]
-                    raise UserError("`dvc push` failed: " + ("\n".join(lines[:5]) or done.stderr.strip()[-2000:]))
+                    told = "\n".join(lines[:5]) or done.stderr.strip()[-2000:]
+                    raise UserError(masked(f"`dvc push` failed: {told}"))
         else:
             missing.append("there is no DVC remote (core.remote): outs stay in the cache of this machine")
         return missing
@@ -140,36 +130,60 @@ class Workspace:
             git(Path(self.repository), "worktree", "prune")
 
 
+def change_params(file: Path, values: Mapping[str, Any]) -> None:
+    """Set dotted keys of a YAML file, which keeps its comments. UserError for a key that it does not have."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    params = yaml.load(file)
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        section = params
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            raise UserError(f"params.yaml has no key `{key}`.")
+        section[last] = value
+    if values:
+        yaml.dump(params, file)
+
+
 @contextmanager
-def open_workspace(id: str, revision: str = "HEAD", repository: str = ".") -> Iterator[Workspace]:
+def open_workspace(id: str, revision: str = "HEAD", repository: str = ".", adopt: bool = True) -> Iterator[Workspace]:
     """The workspace of this id, made where it is missing. It stays when the context ends: the caller removes it.
 
-    A run that is tried again finds its workspace as it left it, with its checkpoints; a new one takes over the
-    checkpoints of workspaces whose run is dead. UserError where another process has it, or the revision is unknown.
+    A run that is tried again finds its workspace as it left it, with its checkpoints; with `adopt`, a new one also has
+    those of workspaces whose run is dead. UserError where another process has it, or the revision is unknown.
     """
     if not re.fullmatch(r"[\w.-]+", id):
         raise UserError(f"`{id}` cannot name a workspace: letters, digits, dots and dashes alone.")
     if not is_address(repository):
         repository = git(Path(repository), "rev-parse", "--show-toplevel")
+    elif masked(repository) != repository:
+        raise UserError("the repository's address has a password in it; give it to git by a credential helper.")
     root = home_of(repository) / WORKSPACES
     root.mkdir(parents=True, exist_ok=True)
     workspace = Workspace(id, root / id, repository)
-    with held(root, id):
+    with contextlib.ExitStack() as mine:
+        with held(root, ALL, patience=600):  # nothing begins while garbage is collected
+            mine.enter_context(held(root, id))
         if not (workspace.path / START).exists():
             shutil.rmtree(workspace.path, ignore_errors=True)  # one that broke off while it was made
             commit = _check_out(workspace, revision)
             _point_dvc_to_shared_store(workspace)
-            _adopt_checkpoints(workspace)
+            if adopt:
+                _adopt_checkpoints(workspace)
             (workspace.path / START).parent.mkdir(exist_ok=True)
             (workspace.path / START).write_text(commit)
         yield workspace
 
 
 @contextmanager
-def held(root: Path, id: str) -> Iterator[None]:
+def held(root: Path, id: str, patience: float = 0) -> Iterator[None]:
+    """No other process has it meanwhile. patience: seconds to wait for it before the UserError."""
     lock = FileLock(root / f"{id}.lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"the workspace {id} is in use by another process.") from None
     try:
@@ -208,6 +222,12 @@ def _point_dvc_to_shared_store(workspace: Workspace) -> None:
     if is_address(workspace.repository):
         home = home_of(workspace.repository)
         cache, remotes = home / ".dvc/cache", _remotes_of(workspace.path)
+        for name, url in remotes.items():
+            if Path(url).is_relative_to(workspace.path):
+                raise UserError(
+                    f"the DVC remote `{name}` of {workspace.repository} is a folder within the clone, and would go "
+                    "with it. Commit one that others can reach: dvc remote add --default store s3://BUCKET/PATH"
+                )
     else:
         from dvc.repo import Repo
 
@@ -224,7 +244,9 @@ def _point_dvc_to_shared_store(workspace: Workspace) -> None:
         if not config.has_section(section):
             config.add_section(section)
         config.set(section, key, value)
-    with (workspace.path / ".dvc/config.local").open("w") as file:
+    local = workspace.path / ".dvc/config.local"
+    local.touch(mode=0o600)  # it may hold what the repository's own holds: credentials
+    with local.open("w") as file:
         config.write(file)
 
 
@@ -236,16 +258,16 @@ def _remotes_of(repository: Path) -> dict[str, str]:
 
 
 def _adopt_checkpoints(workspace: Workspace) -> None:
-    """Move here what killed runs left. Checkpoints are keyed by all that they depend on: none is resumed by mistake."""
+    """Have here, too, what killed runs left. Checkpoints are keyed by all that they depend on: none is resumed by
+    mistake. They are links and stay where they are, for the run that may yet be tried again."""
     for other in workspace.path.parent.iterdir():
         if not other.is_dir() or other == workspace.path:
             continue
         with contextlib.suppress(UserError), held(other.parent, other.name):
-            for run in (other / CHECKPOINTS).glob("*/*"):
-                target = workspace.path / CHECKPOINTS / run.parent.name / run.name
+            for step in (other / CHECKPOINTS).glob("*/*/step-*"):
+                target = workspace.path / step.relative_to(other)
                 if not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    run.replace(target)
+                    shutil.copytree(step, target, copy_function=os.link)
 
 
 def imports(repository: Path, revision: str) -> list[str]:
@@ -260,6 +282,11 @@ def imports(repository: Path, revision: str) -> list[str]:
 
 def is_address(repository: str) -> bool:
     return "://" in repository or bool(re.match(r"[\w.-]+@[\w.-]+:", repository))
+
+
+def name_of(repository: str) -> str:
+    """Short, and the same in every process: what Prefect's variables of this repository end in."""
+    return hashlib.sha256(repository.encode()).hexdigest()[:8]
 
 
 def home_of(repository: str) -> Path:
@@ -279,14 +306,20 @@ def git(folder: Path, *args: str, text: str | None = None) -> str:
     """What git says. text: what it reads."""
     done = _run(["git", *args], folder, text)
     if done.returncode:
-        raise UserError(f"`git {' '.join(args)}` in {folder.resolve()}: {done.stderr.strip()}")
+        raise UserError(masked(f"`git {' '.join(args)}` in {folder.resolve()}: {done.stderr.strip()}"))
     return done.stdout.strip()
 
 
 def _run(command: list[str], folder: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return subprocess.run(
-        command, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, input=text, check=False
+        command,
+        cwd=folder,
+        env=os.environ | {"PATH": path, "GIT_TERMINAL_PROMPT": "0"},  # nobody is there to type a password
+        capture_output=True,
+        text=True,
+        input=text,
+        check=False,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -32,7 +33,7 @@ class Chat:
         """The answer, piece by piece. It joins the history once it is complete, or as far as the caller took it."""
         from transformers import GenerationConfig, TextIteratorStreamer
 
-        self.history.append({"role": "user", "content": text})
+        turns = self.fitting([*self.history, {"role": "user", "content": text}])
         streamer: Any = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature > 0 else {}
         settings = GenerationConfig(
@@ -41,13 +42,24 @@ class Chat:
             eos_token_id=self.tokenizer.eos_token_id,
             **sampled,
         )
-        batch = self.encode()
         stop = _Stop()
-        writer = Thread(
-            target=self.model.generate,
-            kwargs={**batch, "generation_config": settings, "streamer": streamer, "stopping_criteria": [stop]},
-            daemon=True,
-        )
+        batch = self.encode(turns)
+        failures: list[Exception] = []
+
+        def write() -> None:
+            try:
+                self.model.generate(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    generation_config=settings,
+                    streamer=streamer,
+                    stopping_criteria=[stop],
+                )
+            except Exception as error:  # told by the caller's thread, which waits for pieces
+                failures.append(error)
+                streamer.end()
+
+        writer = Thread(target=write, daemon=True)
         writer.start()
         answer = ""
         try:
@@ -57,20 +69,24 @@ class Chat:
         finally:
             stop.now = True
             writer.join()
-            self.history.append({"role": "assistant", "content": answer.strip()})
+            self.history = [*turns, {"role": "assistant", "content": answer.strip()}]
+        if failures:
+            self.history = turns[:-1]
+            raise UserError(f"the model gave no answer: {type(failures[0]).__name__}: {failures[0]}")
 
-    def encode(self) -> Any:
-        """The conversation up to where the assistant begins; the oldest turns are left out where it grows too long."""
+    def encode(self, turns: list[Message]) -> Any:
+        """The conversation up to where the assistant begins."""
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+
+    def fitting(self, turns: list[Message]) -> list[Message]:
+        """Without the oldest turns, where the conversation has grown too long. UserError where the last one has."""
         room = getattr(self.model.config, "max_position_embeddings", sys.maxsize) - self.max_new_tokens
-        while True:
-            text = self.tokenizer.apply_chat_template(self.history, tokenize=False, add_generation_prompt=True)
-            batch = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-            if batch.input_ids.shape[1] <= room:
-                return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            if len(self.history) == 1:
-                self.history.clear()
-                raise UserError(f"that is {batch.input_ids.shape[1]} tokens, and the model takes {room}.")
-            del self.history[:2]
+        while (length := self.encode(turns).input_ids.shape[1]) > room:
+            if len(turns) == 1:
+                raise UserError(f"that is {length} tokens, and the model takes {room}.")
+            turns = turns[2:]
+        return turns
 
 
 class _Stop:
@@ -142,6 +158,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: as the model was trained")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     arguments = parser.parse_args(argv)
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
+    if not 0 <= arguments.temperature < math.inf:
+        parser.error("--temperature must be 0 or more")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input()
     try:

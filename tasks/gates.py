@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -65,13 +66,13 @@ def with_ratios(report: Mapping[str, Any]) -> dict[str, Any]:
     if "fluency" in report:
         more["fluency_loss"] = report["fluency"]["sft"] - report["fluency"]["policy"]  # nats a token
     if "length" in report:
-        more["length_ratio"] = report["length"]["policy"] / report["length"]["sft"]
+        more["length_ratio"] = report["length"]["policy"] / (report["length"]["sft"] or math.nan)
     return {**report, **more}
 
 
 def figure_at(report: Mapping[str, Any], key: str) -> float | None:
-    """The number under a dotted key."""
+    """The number under a dotted key; None where there is none, or one that is not finite: it passes no gate."""
     value: Any = report
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None else float(value)
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -156,13 +156,16 @@ def put_on_record(
 
 
 def promote_if_due(client: MlflowClient, policy: ModelVersion, judged: list[gates.Gate], *, approval: bool) -> str:
-    """What became of it: `promoted`, `refused: ...`, or `waits for approval`."""
+    """What became of it: `promoted`, `refused: ...`, what a person said against it, or `waits for approval`."""
     failed = [gate.name for gate in judged if not gate.passed]
     current = registry.champion(client)
     if failed:
         return f"refused: {', '.join(failed)}"
-    if approval and (current is None or current.version != policy.version):
-        return "waits for approval"
+    if current is None or current.version != policy.version:
+        if no := registry.taken_back(policy):
+            return no
+        if approval:
+            return "waits for approval"
     registry.promote(client, str(policy.version), author="gates", reason="all gates passed")
     return "promoted"
 

@@ -145,7 +145,7 @@ def fetch_object(md5: str, path: str, stores: list[dict[str, Any]], target: Path
             failures.append(f"  {url}: {type(error).__name__}: {error}")
             continue
         if actual.hexdigest() != digest:
-            raise ValueError(
+            raise OSError(
                 f"{path} is damaged: {url} has the md5 {actual.hexdigest()}, not {digest}. "
                 "Delete that file and fetch it again with `dvc pull`."
             )

@@ -14,7 +14,7 @@ import getpass
 import subprocess
 import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CHAMPION = "champion"
 COMPANIONS = ("sft", "reward")  # of a policy
+TAKEN_BACK = ("rolled_back", "declined")  # by a person: the gates alone do not promote such a version
 
 
 def champion(client: MlflowClient) -> ModelVersion | None:
@@ -47,8 +48,26 @@ def promote(client: MlflowClient, number: str, *, author: str, reason: str) -> N
     before = champion(client)
     if before is not None and str(before.version) == number:
         return
+    version = find(client, number)
+    for key in version.tags:
+        if key.partition(".")[0] in TAKEN_BACK:
+            client.delete_model_version_tag("policy", number, key)
     set_tags(client, number, CHAMPION, author, reason, replaced=str(before.version) if before else "")
-    move(client, number)
+    move(client, version)
+
+
+def decline(client: MlflowClient, number: str, *, author: str, reason: str) -> None:
+    """It stays a candidate, though it passed its gates."""
+    set_tags(client, number, "declined", author, reason)
+
+
+def taken_back(version: ModelVersion) -> str:
+    """`rolled back: too long (ann, 2026-11-20)`, or "" where nobody said no to it."""
+    for kind in TAKEN_BACK:
+        if f"{kind}.time" in version.tags:
+            author, reason, time = (version.tags[f"{kind}.{key}"] for key in ("author", "reason", "time"))
+            return f"{kind.replace('_', ' ')}: {reason} ({author}, {time[:10]})"
+    return ""
 
 
 def rollback(client: MlflowClient, *, author: str, reason: str) -> str:
@@ -59,18 +78,18 @@ def rollback(client: MlflowClient, *, author: str, reason: str) -> str:
     before: str | None = current.tags.get(f"{CHAMPION}.replaced")
     if not before:
         raise UserError(f"policy/{current.version} replaced no other version: there is none to go back to.")
+    target = find(client, before)
     set_tags(client, str(current.version), "rolled_back", author, reason)
-    move(client, before)
+    move(client, target)
     return before
 
 
-def move(client: MlflowClient, number: str) -> None:
-    version = find(client, number)
+def move(client: MlflowClient, version: ModelVersion) -> None:
     companions = {name: version.tags.get(f"with.{name}") for name in COMPANIONS}
     for name, companion in companions.items():
         if companion:
             client.set_registered_model_alias(name, CHAMPION, companion)
-    client.set_registered_model_alias("policy", CHAMPION, number)  # last: it is what others look at
+    client.set_registered_model_alias("policy", CHAMPION, str(version.version))  # last: it is what others look at
 
 
 def find(client: MlflowClient, number: str) -> ModelVersion:
@@ -133,18 +152,17 @@ def table(client: MlflowClient) -> Table:
             {"true": "passed", "false": f"failed: {tags.get('gates.failed', '')}"}.get(tags.get("gates.passed"), ""),
             *(tags.get(f"evaluation.{name}", "") for name in ("win_rate", "gold.gain", "kl")),
             tags.get("git.commit", "")[:8],
-            told(tags),
+            taken_back(version) or promoted(version),
         )
     return shown
 
 
-def told(tags: dict[str, Any]) -> str:
-    """Who made it the champion or took it back, and why."""
-    kind = "rolled_back" if "rolled_back.time" in tags else CHAMPION
-    if f"{kind}.time" not in tags:
+def promoted(version: ModelVersion) -> str:
+    """Why it became the champion, and by whom; "" where it never did."""
+    tags = version.tags
+    if f"{CHAMPION}.time" not in tags:
         return ""
-    what = "rolled back: " if kind == "rolled_back" else ""
-    return f"{what}{tags[f'{kind}.reason']} ({tags[f'{kind}.author']}, {tags[f'{kind}.time'][:10]})"
+    return f"{tags[f'{CHAMPION}.reason']} ({tags[f'{CHAMPION}.author']}, {tags[f'{CHAMPION}.time'][:10]})"
 
 
 def whoami() -> str:

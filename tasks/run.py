@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 _ADVICE = {
-    errno.ENOSPC: "Free some space (`dvc gc --workspace` removes old versions from the cache) and run again.",
+    errno.ENOSPC: "Free some space (`python -m flows.prune --gc` drops old versions from the cache) and run again.",
     errno.EDQUOT: "Your quota is used up; free some space and run again.",
     errno.EACCES: "Give yourself write permission there (`ls -ld` shows who has it) and run again.",
     errno.EPERM: "Give yourself write permission there (`ls -ld` shows who has it) and run again.",

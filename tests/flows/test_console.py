@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import subprocess
+import threading
 from pathlib import Path
+from typing import Any
 
 import prefect
 import pytest
@@ -14,7 +16,7 @@ from rich.console import Console
 from flows import console
 from flows.console import Bar, Terminal
 from flows.report import Row, print_report
-from tests.flows.toy import ROOT
+from tests.flows.toy import ROOT, wait_until
 
 
 def _record(text: str, pathname: str) -> logging.LogRecord:
@@ -53,6 +55,32 @@ def test_without_a_terminal_a_bar_is_logged_now_and_then(
         monkeypatch.setattr(console, "SECONDS_BETWEEN_LOGGED_BARS", 0)
         bar.show("20%")
     assert caplog.messages == ["0%", "20%"]
+
+
+def test_a_bar_waits_for_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's does not answer: the stage's output must be read all the same."""
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LOGGED_BARS", 0)
+    gone = threading.Event()
+    calls: list[float] = []
+
+    def create(percent: float, **_: Any) -> None:
+        calls.append(percent)
+        gone.wait(60)
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(console, "create_progress_artifact", create)
+    bar = Bar("ppo", logging.getLogger("test"))
+    for text in ("10%", "20%", "30%", ""):
+        bar.show(text)
+    assert calls == [10.0]
+    gone.set()
+
+    def shown_again() -> bool:
+        bar.show("40%")
+        return 40.0 in calls
+
+    assert wait_until(shown_again), "it is tried again"
 
 
 def test_the_end_shows_table_answers_and_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -110,6 +112,9 @@ def test_a_run_in_its_own_workspace(repo: Toy, webhook: list[str]) -> None:
     assert len(webhook) == 1
     assert "policy/3 is the champion now" in webhook[0]
     assert result["branch"] in webhook[0]
+    # the next night: nothing is merged, so it finds the same out again, and tells nobody a second time
+    assert pipeline(params={"toy.size": 2}, notification="custom-webhook/team", return_state=True).is_completed()
+    assert len(webhook) == 1
 
     # nothing has changed since: every stage is cached, and no data come
     again = pipeline(revision=result["branch"], return_state=True)
@@ -172,8 +177,19 @@ def test_a_failure_is_told_and_the_retry_goes_on_in_the_same_workspace(repo: Toy
         "last": "Completed",
         "register": "",
     }
+    assert len(webhook) == 1, "what the retry mends is no failure"
+    assert "is the champion now" in webhook[0]
+
+
+def test_a_failure_that_stays_is_told_once(repo: Toy, webhook: list[str]) -> None:
+    (repo.root / "fail-last.txt").write_text("mistake mistake mistake")
+    commit(repo.root)
+    state = pipeline.with_options(retries=1, retry_delay_seconds=0)(
+        notification="custom-webhook/team", return_state=True
+    )
+    assert state.is_failed()
+    assert len(webhook) == 1
     assert "The pipeline failed: failed: last" in webhook[0]
-    assert "is the champion now" in webhook[1]
 
 
 def test_what_cannot_start_is_told(repo: Toy, webhook: list[str]) -> None:
@@ -188,37 +204,68 @@ def test_a_notification_that_cannot_be_sent_stops_nothing(repo: Toy) -> None:
     assert pipeline(notification="custom-webhook/nobody", return_state=True).is_completed()
 
 
-@pytest.mark.parametrize("approve", [True, False])
-def test_a_person_is_asked(repo: Toy, approve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+class Registry:
+    """What the flow asks MLflow of a policy that passed its gates while policy/2 was the champion."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.champion = "2"
+        self.decided: list[tuple[str, str, str, str]] = []
+        monkeypatch.setattr("tasks.tracking.connect", lambda: self)
+        monkeypatch.setattr("tasks.registry.champion", lambda _client: SimpleNamespace(version=self.champion))
+        for what in ("promote", "decline"):
+            monkeypatch.setattr(f"tasks.registry.{what}", partial(self.decide, what))
+
+    def get_model_version(self, *_: str) -> SimpleNamespace:
+        return SimpleNamespace(description="- kl: passed", tags={"gates.rival": "2"})
+
+    def decide(self, what: str, _client: Any, number: str, *, author: str, reason: str) -> None:
+        self.decided.append((what, number, author, reason))
+
+
+@pytest.fixture
+def registry(repo: Toy, monkeypatch: pytest.MonkeyPatch) -> Registry:
     champion(repo.root, "waits for approval")
     commit(repo.root)
+    return Registry(monkeypatch)
+
+
+@pytest.mark.parametrize("approve", [True, False])
+def test_a_person_is_asked(
+    repo: Toy, approve: bool, registry: Registry, webhook: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[dict[str, Any]] = []
 
     def answer(wait_for_input: Any, timeout: int) -> Any:
         asked.append({"description": wait_for_input._description, "timeout": timeout})
         return scheduled.Approval(approve=approve, name="ann", reason="looked at it")
 
-    promoted: list[tuple[str, str, str]] = []
     monkeypatch.setattr(scheduled, "pause_flow_run", answer)
-    monkeypatch.setattr(
-        "tasks.registry.promote", lambda _client, number, author, reason: promoted.append((number, author, reason))
-    )
-    client = type("Client", (), {"get_model_version": lambda *_: type("V", (), {"description": "- kl: passed"})})
-    monkeypatch.setattr("tasks.tracking.connect", client)
-    assert pipeline(approval_hours=2, return_state=True).is_completed()
+    assert pipeline(approval_hours=2, notification="custom-webhook/team", return_state=True).is_completed()
     assert asked[0]["timeout"] == 7200
     assert "policy/3 passed its gates" in asked[0]["description"]
-    assert promoted == ([("3", "ann", "looked at it")] if approve else [])
+    assert registry.decided == [("promote" if approve else "decline", "3", "ann", "looked at it")]
+    told = "is the champion now" if approve else "stays a candidate: ann said no: looked at it"
+    assert f"policy/3 {told}" in webhook[0]
 
 
-def test_nobody_answers(repo: Toy, webhook: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    champion(repo.root, "waits for approval")
-    commit(repo.root)
-    client = type("Client", (), {"get_model_version": lambda *_: type("V", (), {"description": "- kl: passed"})})
-    monkeypatch.setattr("tasks.tracking.connect", client)
+def test_a_yes_that_comes_too_late_moves_nothing(
+    repo: Toy, registry: Registry, webhook: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(wait_for_input: Any, timeout: int) -> Any:
+        registry.champion = "4"  # meanwhile
+        return scheduled.Approval(approve=True, name="ann", reason="looked at it")
+
+    monkeypatch.setattr(scheduled, "pause_flow_run", answer)
+    assert pipeline(notification="custom-webhook/team", return_state=True).is_completed()
+    assert registry.decided == []
+    assert "policy/4 became the champion meanwhile, and this one was not held against it" in webhook[0]
+
+
+def test_nobody_answers(repo: Toy, registry: Registry, webhook: list[str]) -> None:
     state = pipeline(approval_hours=2 / 3600, notification="custom-webhook/team", return_state=True)
     assert state.is_completed(), state.message
     assert "policy/3 stays a candidate: nobody said yes" in webhook[0]
+    assert [decision[:3] for decision in registry.decided] == [("decline", "3", "nobody")]
 
 
 # ---- the store ----

@@ -97,6 +97,44 @@ def test_an_import_counts_when_its_source_changes(
         assert not watcher.look()
 
 
+def test_files_that_appear_at_the_remote_count(
+    repository: Path, tmp_path: Path, events: list[dict[str, Any]], prefect_api: str
+) -> None:
+    incoming = tmp_path / "repo-remote/incoming"
+    incoming.mkdir(parents=True)
+    (incoming / "ann.jsonl").write_text("{}\n")
+    shell(repository, "dvc", "import-url", "--quiet", "remote://local/incoming", "data/raw/incoming")
+    commit(repository)
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        watcher = Watcher(repository)
+        watcher.look()
+        assert not watcher.look()
+        (incoming / "bo.jsonl").write_text("{}\n")
+        assert watcher.look()
+        assert not watcher.look()
+
+
+def test_an_import_from_another_repository_counts_by_what_it_holds(
+    repository: Path, tmp_path: Path, events: list[dict[str, Any]], prefect_api: str
+) -> None:
+    other = tiny_repo(tmp_path / "other")
+    (other / "labels.jsonl").write_text("{}\n")
+    commit(other)
+    shell(repository, "dvc", "import", "--quiet", str(other), "labels.jsonl", "--out", "data/raw/labels.jsonl")
+    commit(repository)
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        watcher = Watcher(repository)
+        watcher.look()
+        (other / "README").write_text("nothing to do with it")
+        commit(other)
+        assert not watcher.look()
+        for lines in (2, 3):  # the import itself stays as it was, and each change is seen
+            (other / "labels.jsonl").write_text("{}\n" * lines)
+            commit(other)
+            assert watcher.look()
+            assert not watcher.look()
+
+
 def test_a_source_that_cannot_be_reached_is_a_warning(
     repository: Path, tmp_path: Path, events: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], prefect_api: str
 ) -> None:
@@ -106,3 +144,22 @@ def test_a_source_that_cannot_be_reached_is_a_warning(
     with temporary_settings({PREFECT_API_URL: prefect_api}):
         assert not Watcher(mine).look()
     assert "warning: cannot look for new labels" in capsys.readouterr().err
+
+
+def test_what_could_not_be_told_is_told_at_the_next_look(
+    repository: Path, events: list[dict[str, Any]], prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with temporary_settings({PREFECT_API_URL: prefect_api}):
+        watcher = Watcher(repository)
+        watcher.look()
+        (repository / "data/labels").mkdir()
+        (repository / "data/labels/ann.jsonl").write_text("{}\n")
+        commit(repository)
+        with monkeypatch.context() as away:
+
+            def fail(*_: Any, **__: Any) -> None:
+                raise ConnectionError("gone")
+
+            away.setattr(watch, "emit_event", fail)
+            assert not watcher.look()
+        assert watcher.look()

@@ -154,9 +154,16 @@ def test_a_new_workspace_takes_over_the_checkpoints_of_dead_runs(repository: Pat
     with open_workspace("alive", repository=str(repository)) as alive:
         (alive.path / checkpoint).parent.rename(alive.path / checkpoint.parent.parent / "step-000004")
         with open_workspace("other", repository=str(repository)) as other:
-            assert not (other.path / ".rlhf/checkpoints").exists(), "the living keep theirs"
+            steps = (other.path / checkpoint.parent.parent).iterdir()
+            assert [step.name for step in steps] == ["step-000002"], "the living keep theirs"
     with open_workspace("next", repository=str(repository)) as workspace:
         assert (workspace.path / checkpoint.parent.parent / "step-000004/weights").read_text() == "half way"
+        workspace.remove()
+    with open_workspace("alive", repository=str(repository)) as alive:
+        found = alive.path / checkpoint.parent.parent / "step-000004/weights"
+        assert found.read_text() == "half way", "it may be tried again"
+    with open_workspace("replay", repository=str(repository), adopt=False) as workspace:
+        assert not (workspace.path / ".rlhf/checkpoints").exists()
 
 
 def test_an_address_is_cloned_and_the_branch_pushed_back(
@@ -176,15 +183,30 @@ def test_an_address_is_cloned_and_the_branch_pushed_back(
     assert shell(bare, "git", "rev-parse", "runs/one").strip() == commit
 
 
+def test_a_clone_whose_results_would_go_with_it_is_refused(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell(repository, "dvc", "remote", "modify", "--quiet", "local", "url", ".remote")
+    shell(repository, "git", "commit", "--quiet", "-am", "A remote within")
+    monkeypatch.setattr("flows.workspace._HOME", tmp_path)
+    with (
+        pytest.raises(UserError, match=r"the DVC remote `local` of .* is a folder within the clone"),
+        open_workspace("one", repository=f"file://{repository}"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ({"id": "a/b"}, "`a/b` cannot name a workspace"),
         ({"id": "x", "revision": "nowhere"}, "has no commit `nowhere`"),
+        ({"id": "x", "repository": "https://ann:token@example.com/r.git"}, "address has a password in it"),
     ],
 )
 def test_mistakes_are_told(repository: Path, arguments: dict[str, str], told: str) -> None:
-    with pytest.raises(UserError, match=told), open_workspace(**arguments, repository=str(repository)):
+    where = {"repository": str(repository)} | arguments
+    with pytest.raises(UserError, match=told), open_workspace(**where):  # type: ignore[arg-type]  # none is `adopt`
         pass
 
 

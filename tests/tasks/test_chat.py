@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tasks.chat import Chat, load
+from tasks.chat import Chat, load, main
 from tasks.models import load_language_model, load_tokenizer
 from tasks.stage import UserError
 from tests.tiny import tiny_model_dir
@@ -61,7 +61,27 @@ def test_the_oldest_turns_make_room(chat: Chat) -> None:
     assert chat.history[-2]["content"] == "ticket"
     with pytest.raises(UserError, match="tokens, and the model takes 68"):
         list(chat.say("customer " * 90))
-    assert chat.history == []
+    assert chat.history[-2]["content"] == "ticket", "what was said before stays"
+
+
+def test_a_model_that_fails_is_told(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(chat.say("hello"))
+    before = list(chat.history)
+
+    def fail(**_: Any) -> None:
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+    monkeypatch.setattr(chat.model, "generate", fail)
+    with pytest.raises(UserError, match="the model gave no answer: RuntimeError: probability tensor"):
+        list(chat.say("and my order"))
+    assert chat.history == before
+
+
+@pytest.mark.parametrize("option", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+def test_options_out_of_range_are_told(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["data/models/sft", *option])
+    assert f"error: {option[0]} must be" in capsys.readouterr().err
 
 
 def test_in_the_terminal(folder: Path) -> None:
@@ -78,6 +98,7 @@ def test_in_the_terminal(folder: Path) -> None:
     assert answers[0] == answers[1] != ""
 
 
+@pytest.mark.filterwarnings("ignore:.*[Tt]ype hint:UserWarning")  # MLflow warns of its own code
 def test_what_cannot_be_talked_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is no model folder"):
         load(str(tmp_path))

@@ -54,6 +54,16 @@ def test_a_limit_holds_up_to_its_value_and_says_by_how_much_it_is_missed(
     assert str(gate).endswith(f"failed by {missed_by:.3g}")
 
 
+def test_a_figure_that_is_not_a_number_does_not_hold() -> None:
+    for broken in (float("nan"), float("inf"), -float("inf")):
+        for name, side in (("kl", "most"), ("win_rate_low", "least")):
+            (gate,) = evaluate(Gates(**OPEN | {name: 0.5}), [{"kl": broken, "win_rate_low": broken}])
+            assert not gate.passed
+            assert str(gate) == f"{name}: not measured, at {side} 0.5 asked: failed"
+    silent = {"length": {"sft": 0.0, "policy": 30.0}}
+    assert not evaluate(Gates(**OPEN | {"length_ratio_high": 1.5}), [silent])[0].passed
+
+
 def test_limits_that_are_not_set_are_not_asked() -> None:
     assert evaluate(Gates(**OPEN), REPORTS) == []
 

@@ -52,12 +52,12 @@ def test_unknown_key_in_an_optional_section(tmp_path: Path) -> None:
 
 
 def test_unknown_key_that_is_near_none_lists_the_known(tmp_path: Path) -> None:
-    said = complaint(tmp_path, changed("  alias:", "  zzz: 1\n  alias:"))
-    assert "unknown key `register.zzz`; known here: alias" in said
+    said = complaint(tmp_path, changed("  approval:", "  zzz: 1\n  approval:"))
+    assert "unknown key `register.zzz`; known here: approval, gates" in said
 
 
 def test_wrong_type_and_range_tell_the_value(tmp_path: Path) -> None:
-    assert "`register.alias`" in complaint(tmp_path, changed("alias: candidate", "alias: [1]"))
+    assert "`register.approval`" in complaint(tmp_path, changed("approval: false", "approval: [1]"))
     said = complaint(tmp_path, changed("seed: 1\n", "seed: -1\n"))
     assert "`seed`" in said
     assert "(it is -1)" in said

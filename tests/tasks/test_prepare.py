@@ -64,7 +64,9 @@ def test_every_prompt_is_in_one_split(run_prepare: Callable[..., dict[str, Any]]
     splits = read_splits(tmp_path)
     ids = [row.id for rows in splits.values() for row in rows]
     assert sorted(ids) == sorted(ids_of(ROWS))
-    assert metrics == {"prompts": 300, "duplicates": 0, **{name: len(rows) for name, rows in splits.items()}}
+    assert metrics == {"prompts": 300, "duplicates": 0, "failed_checks": 0} | {
+        name: len(rows) for name, rows in splits.items()
+    }
     tickets = {row.id: row.ticket for row in read_rows(tmp_path / "data/prepared/tickets.jsonl", PromptTicket)}
     assert tickets == {prompt_id(row.prompt): row.ticket for row in ROWS}
 

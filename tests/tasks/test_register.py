@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tasks import registry
 from tasks.datasets import SideBySide
 from tasks.lineage import hash_path
 from tests.tiny import shell, tiny_model_dir, tiny_repo
@@ -212,6 +213,29 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     assert registered["champion"] == "waits for approval"
     assert str(policy_of(repo, "champion").version) == "2"
 
+    # 8. a person has said no: that stands, with approval and without
+    registry.decline(client_of(repo), registered["policy"]["version"], author="ann", reason="rude")
+    assert register(repo)["champion"].startswith("declined: rude (ann, ")
+    params.write_text(params.read_text().replace("approval: true", "approval: false"))
+    assert register(repo)["champion"].startswith("declined: rude (ann, ")
+
+    # 9. likewise a rollback: the next run does not undo it
+    change_policy(repo, "\n")
+    write_reports(repo, gold=0.95)
+    assert register(repo)["champion"] == "promoted"
+    registry.rollback(client_of(repo), author="ann", reason="too long")
+    assert str(policy_of(repo, "champion").version) == "1"
+    assert register(repo)["champion"].startswith("rolled back: too long (ann, ")
+    assert str(policy_of(repo, "champion").version) == "1"
+
+    # 10. answers of the champion that are damaged cannot be compared with: its gate does not hold
+    rival = policy_of(repo, "champion").tags["evaluation.samples"]
+    for stored in repo.parent.rglob(f"files/md5/{rival[:2]}/{rival[2:]}"):
+        content = stored.read_bytes()
+        stored.unlink()
+        stored.write_bytes(content + b" ")
+    assert register(repo)["champion"] == "refused: champion_win_rate_low"
+
     # as the tests below expect it
     params.write_text(params.read_text().replace("approval: true", "approval: false"))
     change_policy(repo, "")
@@ -295,17 +319,17 @@ def test_falls_back_to_the_remote_and_refuses_damage(repo: Path, tmp_path: Path)
     assert hash_path(fetched("from remote")) == md5
 
     damage(remote, weights)
-    with pytest.raises(ValueError, match=r"data/models/sft/model\.safetensors is damaged"):
+    with pytest.raises(OSError, match=r"data/models/sft/model\.safetensors is damaged"):
         fetched("damaged weights")
     damage(remote, md5)
-    with pytest.raises(ValueError, match="data/models/sft is damaged"):
+    with pytest.raises(OSError, match="data/models/sft is damaged"):
         fetched("damaged listing")
     shutil.rmtree(remote)
     with pytest.raises(FileNotFoundError, match="was not found in any place"):
         fetched("nothing left")
     shutil.move(tmp_path / "hidden", cache)
     damage(cache, weights)
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(OSError, match="is damaged"):
         fetched("damaged cache")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tasks.registry import main, parse_version
+from tasks.registry import decline, main, parse_version, taken_back
 from tasks.stage import UserError
 from tasks.tracking import connect
 
@@ -51,6 +51,32 @@ def test_promote_and_roll_back_with_author_and_reason(client: Any, capsys: pytes
     shown = capsys.readouterr().out
     assert "rolled back: too long (cy" in shown
     assert "the first (ann" in shown
+
+
+def test_a_version_that_was_taken_back_can_be_promoted_again(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in "12":
+        main(["promote", f"policy/{number}", "--reason", "better", "--author", "ann"])
+    main(["rollback", "--reason", "too long", "--author", "cy"])
+    assert taken_back(client.get_model_version("policy", "2")).startswith("rolled back: too long (cy, ")
+    decline(client, "3", author="bob", reason="rude")
+    assert taken_back(client.get_model_version("policy", "3")).startswith("declined: rude (bob, ")
+    assert taken_back(client.get_model_version("policy", "1")) == ""
+    main(["promote", "policy/2", "--reason", "looked again", "--author", "dan"])
+    assert taken_back(client.get_model_version("policy", "2")) == ""
+    main(["list"])
+    shown = capsys.readouterr().out
+    assert "looked again (dan" in shown
+    assert "too long" not in shown
+
+
+def test_a_rollback_to_a_version_that_is_gone_changes_nothing(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in "12":
+        main(["promote", f"policy/{number}", "--reason", "better"])
+    client.delete_model_version("policy", "1")
+    assert main(["rollback", "--reason", "too long"]) == 2
+    assert "has no policy/1" in capsys.readouterr().err
+    assert taken_back(client.get_model_version("policy", "2")) == ""
+    assert champions(client) == ["2", "2", "2"]
 
 
 def test_promoting_the_champion_changes_nothing(client: Any) -> None:

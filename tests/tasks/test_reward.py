@@ -255,7 +255,15 @@ def test_the_report(stage_root: Path) -> None:
     report = json.loads((stage_root / "data/reports/reward/metrics.json").read_text())["reward"]
     assert set(report) == {
         *("accuracy", "accuracy_low", "accuracy_high", "loss", "held_out_prompts", "held_out_pairs"),
-        *("noise_ceiling", "train_accuracy", "score_bias", "train_prompts", "all_tied_prompts", "tied_pairs"),
+        *(
+            "noise_ceiling",
+            "train_accuracy",
+            "score_bias",
+            "train_prompts",
+            "all_tied_prompts",
+            "tied_pairs",
+            "calibration_error",
+        ),
     }
     assert report["train_prompts"] == 20
     assert report["held_out_prompts"] == 8

@@ -325,13 +325,14 @@ def test_a_metric_that_the_server_refuses_does_not_take_others_with_it(
 
 
 def test_flat_params_takes_declared_sections_alone(params: Params) -> None:
-    assert tracking.flat_params(params, ("seed", "register", "prepare")) == {
+    assert tracking.flat_params(params, ("seed", "rank", "prepare")) == {
         "seed": "1",
-        "register.alias": "candidate",
+        "rank.held_out_share": "0.2",
         "prepare.splits.sft": "0.3",
         "prepare.splits.reward": "0.3",
         "prepare.splits.ppo": "0.3",
         "prepare.splits.eval": "0.1",
+        "prepare.duplicate_limit": "0.05",
     }
 
 
