@@ -20,6 +20,7 @@ from flows.replay import Store, difference_of_files, lineage, literal, recorded_
 from flows.workspace import open_workspace
 from tasks.base import folder_sha256
 from tasks.lineage import hash_path, load_stages
+from tasks.stage import UserError
 from tests.tiny import shell, tiny_model_dir, tiny_repo
 
 # MLflow warns of its own code
@@ -141,6 +142,7 @@ def test_what_ran_beside_uncommitted_changes_gets_its_recorded_parameters(reposi
     shell(repository, "git", "checkout", "--quiet", ".")
     shell(repository, "dvc", "checkout", "--quiet", "--force", "--allow-missing")
     told = replay(repository, f"policy/{version}", "--only", "prepare")
+    assert not shell(repository, "git", "log", "--all", "--oneline", "--", "data/models/base"), "no weights in git"
     assert "`prepare` ran beside uncommitted changes" in told
     assert "parameters from the record, not from the commit: prepare.splits.reward=0.4, prepare.splits.sft=0.2" in told
 
@@ -212,7 +214,17 @@ def test_garbage_collection_keeps_what_a_registered_version_was_made_of(
             shell(repository, "git", "branch", "-D", branch)
     shutil.rmtree(repository / "data", ignore_errors=True)
     (repository / ".dvc/config").write_text("")
+    client = client_of(repository)
+    run = next(run for run in client.search_runs(["1"], "tags.`dvc.stage` = 'tickets'"))
+    client.set_tag(run.info.run_id, "dvc.stage", "lost")
+    cached = sorted((repository / ".dvc/cache/files").rglob("*"))
+    with pytest.raises(UserError, match="has no finished run of `tickets`"):
+        collect_garbage(repository)
+    assert sorted((repository / ".dvc/cache/files").rglob("*")) == cached, "with a gap in the record nothing goes"
+    client.set_tag(run.info.run_id, "dvc.stage", "tickets")
     assert collect_garbage(repository) >= 3
+    kept = shell(repository, "git", "rev-list", "rlhf/registered").split()
+    assert run.data.tags["git.commit"] in kept, "the commits stay, too, for a replay"
 
     cache = repository / ".dvc/cache"
     assert not (cache / "files/md5" / lost_md5[:2] / lost_md5[2:]).exists()

@@ -103,6 +103,30 @@ def test_a_port_that_is_taken(repository: Toy) -> None:
     assert repository.processes() == []
 
 
+@pytest.mark.parametrize(
+    ("api", "told"),
+    [
+        ("", "say which Prefect server: PREFECT_API_URL="),
+        ("http://ann:token@127.0.0.1:9/api", "server at http://***@127"),
+    ],
+)
+def test_deploying_to_nobody_is_told(repository: Toy, api: str, told: str) -> None:
+    environment = os.environ | repository.environment | {"PREFECT_CLIENT_MAX_RETRIES": "0"}
+    environment.pop("PREFECT_API_URL", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.deploy"],
+        cwd=repository.root,
+        env=environment | ({"PREFECT_API_URL": api} if api else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert "token" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def answers(port: int) -> bool:
     try:
         return httpx.get(f"http://127.0.0.1:{port}").is_success
