@@ -14,7 +14,7 @@ run: .venv/installed .git  ## set up .venv where it is missing, and run the pipe
 	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf $(STAGES)
 
 test: .venv/installed .git  ## the same environment, and the tests
-	@$(IN_VENV) exec $(BIN)/python -m pytest $(or $(TESTS),-n 2 --dist loadgroup --no-loadscope-reorder)
+	@$(IN_VENV) exec $(BIN)/python -m pytest $(or $(TESTS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 check: .venv/installed  ## format, lint and types; a warning is an error
 	@$(BIN)/ruff format --check flows tasks tests bench

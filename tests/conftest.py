@@ -17,13 +17,10 @@ LONGEST_FIRST = ("pipeline", "flows", "ppo")  # folders
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share them: a file stays whole, the real pipeline's two files together, the longest come first."""
+    """Two workers share the files (`make test`): those that take longest come first."""
 
     def place(item: pytest.Item) -> int:
         folder = item.path.parent.name
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
-    for item in items:
-        group = item.path.parent.name if item.path.parent.name == "pipeline" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=place)
