@@ -23,7 +23,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from flows.console import terminal
-from flows.dvc_stage import Outcome, Pool, dvc_stage, outcome_of
+from flows.dvc_stage import Outcome, Pool, dvc_stage, outcome_of, unchanged
 from flows.leftovers import mend_leftovers
 from flows.report import Report, pipeline_record, print_report, publish
 from flows.server import prefect_server
@@ -43,7 +43,8 @@ def rlhf(targets: list[str] | None = None, pull: bool = False) -> State[Report]:
     specs = needed(load_stages(), targets)
     parents = upstream(specs)
     runs: dict[str, PrefectFuture[State[Outcome]]] = {}
-    with pipeline_record() as pipeline, Pool(pull) as pool:
+    done = frozenset[str]() if pull else unchanged({name: parents[name] for name in specs})
+    with pipeline_record() as pipeline, Pool(pull, done) as pool:
         for name, spec in specs.items():
             first = [runs[parent] for parent in parents[name]]
             runs[name] = dvc_stage(spec).submit(spec, pool, pipeline.ids, wait_for=first, return_state=False)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from flows import dvc_stage
-from flows.dvc_stage import Pool, error_of, is_dvc_chatter, split_output, stage_started
+from flows.dvc_stage import Pool, error_of, is_dvc_chatter, split_output, stage_started, unchanged
 from flows.leftovers import mend_leftovers
+from tests.flows.toy import Toy
+from tests.tiny import shell
 
 
 def _split(*chunks: bytes) -> list[tuple[str, str]]:
@@ -113,6 +115,19 @@ def test_a_stopped_pool_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> Non
             pass
         waiting.join(5)
         assert not waiting.is_alive()
+
+
+def test_what_is_up_to_date_needs_no_process(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(toy.root)
+    parents: dict[str, set[str]] = {"left": set(), "right": set(), "last": {"left", "right"}}
+    assert unchanged(parents) == set()
+    shell(toy.root, "dvc", "repro")
+    assert unchanged(parents) == {"left", "right", "last"}
+    (toy.root / "right.txt").unlink()
+    assert unchanged(parents) == {"left"}, "what comes after a change may change"
+    with (toy.root / "dvc.yaml").open("a") as file:
+        file.write("    nonsense: 1\n")
+    assert unchanged(parents) == set(), "where DVC cannot tell"
 
 
 def test_a_busy_list_of_the_dead_is_removed_and_of_the_living_kept(tmp_path: Path) -> None:
