@@ -49,6 +49,10 @@ def prune_workspaces(repository: Path, keep_days: float) -> list[str]:
         with contextlib.suppress(UserError), held(root, folder.name):
             Workspace(folder.name, folder, str(repository)).remove()
             removed.append(folder.name)
+    for lock in root.glob("*.lock"):  # of workspaces that are gone
+        if lock.stem != ALL and not (root / lock.stem).exists():
+            with contextlib.suppress(UserError), held(root, lock.stem):
+                lock.unlink()
     return removed
 
 
@@ -75,7 +79,10 @@ def collect_garbage(repository: Path) -> int:
         idle.enter_context(held(root, ALL))
         for lock in root.glob("*.lock"):
             if lock.stem != ALL:
-                idle.enter_context(held(root, lock.stem))  # what a run has made is on no branch yet
+                try:
+                    idle.enter_context(held(root, lock.stem))  # what a run has made is on no branch yet
+                except UserError as error:
+                    raise UserError(f"{error} Garbage is collected when no run is active; nothing was.") from None
         kept = registered(repository)
         keep_on_branch(repository, kept)
         done = subprocess.run(
@@ -143,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep-branches", type=int, default=50, help="of the run branches, the newest so many stay")
     parser.add_argument("--gc", action="store_true", help="then drop from DVC's cache what no branch and no tag needs")
     arguments = parser.parse_args(argv)
+    if min(arguments.keep_days, arguments.keep_branches) < 0:
+        parser.error("--keep-days and --keep-branches must be 0 or more")
     from mlflow.exceptions import MlflowException
 
     try:

@@ -6,6 +6,7 @@ sets of parameters; `replay` makes a registered version again; `prune` removes w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from prefect.variables import Variable
 from pydantic import Field
 from rich.console import Console
@@ -80,12 +81,18 @@ def pipeline(
         end_with_parent()
     elsewhere = elsewhere or {}
     id = str(flow_run.get_id())  # the same in every attempt
-    with telling_of_failure(notification), open_workspace(id, revision, repository) as workspace:
+    with contextlib.ExitStack() as work, telling_of_failure(notification):
+        try:  # a wrong name is told before any work, and no retry mends it
+            workspace = work.enter_context(open_workspace(id, revision, repository))
+            with workspace.entered():
+                workspace.set_params(params or {})
+                needed(load_stages(), [*elsewhere, *(targets or ())])
+        except UserError as error:
+            notify(notification, f"The pipeline cannot start: {error}", {})
+            return Cancelled(name="Refused", message=str(error))  # one that failed Prefect's server would retry
         with workspace.entered():
-            workspace.set_params(params or {})
             if update_imports:
                 workspace.update_imports()
-            needed(load_stages(), elsewhere)  # a wrong name is told before any work
             for stage in needed(load_stages(), targets):
                 if stage in elsewhere:
                     run_elsewhere(stage, elsewhere[stage], workspace)

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in deploy():
                 print(f"deployed {name}", flush=True)
             up.start(worker(client_environment(api, mlflow.address)))
-            print(f"worker   takes runs from the pool `{POOL}`; logs: {up.logs}")
+            print(f"worker   takes runs from the pool `{POOL}`; logs: {up.logs.resolve()}")
             print(f"Ctrl-C stops all of it. To run now: PREFECT_API_URL={api} prefect deployment run pipeline/nightly")
             sys.stdout.flush()
             return up.wait(Watcher(Path()).look, arguments.watch_seconds)

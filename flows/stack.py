@@ -214,7 +214,8 @@ def local(watch_seconds: float) -> int:
                 print(f"{server.name:<10} {server.address}")
             print(f"{'PostgreSQL':<10} 127.0.0.1:{stack.ports['postgres']}")
             print(
-                f"In another shell: . {settings}    then `dvc remote add -d s3 s3://dvc/rlhf`, `make run`, `dvc push`"
+                f"In another shell: . {settings}    then `dvc remote add --local -d store s3://dvc/rlhf`, `make run`, "
+                "`dvc push`; at the end `dvc remote remove --local store`"
             )
             print("Ctrl-C stops all of it and forgets what it holds.", flush=True)
             with temporary_settings({PREFECT_API_URL: stack.client["PREFECT_API_URL"]}):

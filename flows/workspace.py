@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import difflib
 import hashlib
 import os
 import re
@@ -135,6 +136,10 @@ def change_params(file: Path, values: Mapping[str, Any]) -> None:
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)  # as the file is written by hand: what did not change stays as it is
+    yaml.representer.add_representer(
+        type(None), lambda representer, _: representer.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     params = yaml.load(file)
     for key, value in values.items():
         *sections, last = key.split(".")
@@ -142,10 +147,19 @@ def change_params(file: Path, values: Mapping[str, Any]) -> None:
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict) or last not in section:
-            raise UserError(f"params.yaml has no key `{key}`.")
+            near = difflib.get_close_matches(key, dotted(params), n=1)
+            raise UserError(f"params.yaml has no key `{key}`" + (f"; did you mean `{near[0]}`?" if near else "."))
         section[last] = value
     if values:
         yaml.dump(params, file)
+
+
+def dotted(section: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys of all values."""
+    keys: list[str] = []
+    for name, value in section.items():
+        keys += dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [f"{prefix}{name}"]
+    return keys
 
 
 @contextmanager

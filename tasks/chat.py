@@ -131,10 +131,13 @@ def load(name: str) -> tuple[Any, Any, int]:
 def converse(chat: Chat) -> None:
     while True:
         try:
-            text = input("you> ").strip()
+            text = input("you> ")
+            while text.endswith("\\"):
+                text = text[:-1] + "\n" + input("...> ")
         except EOFError:
             print()
             return
+        text = text.strip()
         if text == "/quit":
             return
         if text == "/new":
@@ -167,7 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(f"loading {arguments.model} ...", file=sys.stderr)
         model, tokenizer, usual = load(arguments.model)
-        print("/new starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short", file=sys.stderr)
+        print(
+            "/new starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short; after \\ a line goes on in the next",
+            file=sys.stderr,
+        )
         converse(Chat(model, tokenizer, arguments.max_new_tokens or usual, arguments.temperature))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -141,6 +141,8 @@ def table(client: MlflowClient) -> Table:
     shown = Table(title=f"policy in {masked(tracking_uri())}", title_justify="left")
     for column in ("version", "alias", "gates", "win rate", "gold gain", "KL", "made from", "champion because"):
         shown.add_column(column)
+    if not client.search_registered_models("name = 'policy'"):
+        raise UserError("nothing is registered yet: `make run` does it at its end.")
     aliases: dict[str, list[str]] = {}
     for alias, number in dict(client.get_registered_model("policy").aliases).items():
         aliases.setdefault(str(number), []).append(alias)
@@ -198,6 +200,9 @@ def main(argv: list[str] | None = None) -> int:
         was = f"policy/{before.version}" if before else "none"
         if arguments.command == "promote":
             version = resolve(client, arguments.version)
+            if before is not None and before.version == version.version:
+                print(f"policy/{version.version} is the champion already; nothing was recorded.")
+                return 0
             if version.tags.get("gates.passed") == "false":
                 print(
                     f"note: policy/{version.version} failed gates: {version.tags.get('gates.failed')}", file=sys.stderr

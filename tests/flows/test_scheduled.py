@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
@@ -192,12 +193,23 @@ def test_a_failure_that_stays_is_told_once(repo: Toy, webhook: list[str]) -> Non
     assert "The pipeline failed: failed: last" in webhook[0]
 
 
-def test_what_cannot_start_is_told(repo: Toy, webhook: list[str]) -> None:
-    flow = pipeline.with_options(retries=0)
-    state = flow(revision="nowhere", notification="custom-webhook/team", return_state=True)
-    assert state.is_failed()
-    assert "has no commit `nowhere`" in webhook[0]
-    assert shell(repo.root, "git", "branch", "--list", "runs/*") == ""
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"revision": "nowhere"}, "has no commit `nowhere`"),
+        ({"params": {"toy.sise": 2}}, "no key `toy.sise`; did you mean `toy.size`?"),
+        ({"targets": ["lost"]}, "no stage `lost` in dvc.yaml; did you mean `last`?"),
+        ({"elsewhere": {"lefd": "pipeline/large"}}, "no stage `lefd` in dvc.yaml; did you mean `left`?"),
+    ],
+)
+def test_what_cannot_start_is_told_at_once(repo: Toy, webhook: list[str], wrong: dict[str, Any], told: str) -> None:
+    started = time.monotonic()
+    state = pipeline(**wrong, notification="custom-webhook/team", return_state=True)
+    assert (state.name, state.is_cancelled()) == ("Refused", True)
+    assert told in state.message
+    assert time.monotonic() - started < 30, "no retry, which would wait so long, mends it"
+    assert len(webhook) == 1
+    assert told in webhook[0]
 
 
 def test_a_notification_that_cannot_be_sent_stops_nothing(repo: Toy) -> None:

@@ -212,7 +212,7 @@ def test_mistakes_are_told(repository: Path, arguments: dict[str, str], told: st
 
 def test_an_unknown_parameter_is_told(repository: Path) -> None:
     with open_workspace("one", repository=str(repository)) as workspace:
-        with pytest.raises(UserError, match=r"params\.yaml has no key `double\.time`"):
+        with pytest.raises(UserError, match=r"no key `double\.time`; did you mean `double\.times`\?"):
             workspace.set_params({"double.time": 3})
         with pytest.raises(UserError, match=r"params\.yaml has no key `triple\.times`"):
             workspace.set_params({"triple.times": 3})

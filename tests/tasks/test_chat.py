@@ -88,7 +88,7 @@ def test_in_the_terminal(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tasks.chat", str(folder), "--max-new-tokens", "5", "--temperature", "0"],
         cwd=ROOT,
-        input="hello\n/new\nhello\n/quit\n",
+        input="hello\\\nyour order\n/new\nhello\\\nyour order\n/quit\n",
         capture_output=True,
         text=True,
         check=True,

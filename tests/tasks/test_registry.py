@@ -79,11 +79,21 @@ def test_a_rollback_to_a_version_that_is_gone_changes_nothing(client: Any, capsy
     assert champions(client) == ["2", "2", "2"]
 
 
-def test_promoting_the_champion_changes_nothing(client: Any) -> None:
+def test_nothing_is_registered_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert main(["list"]) == 2
+    assert "nothing is registered yet" in capsys.readouterr().err
+
+
+def test_promoting_the_champion_changes_nothing(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     main(["promote", "policy/1", "--reason", "the first"])
     main(["promote", "policy/2", "--reason", "the second"])
     before = client.get_model_version("policy", "2").tags
-    main(["promote", "policy/2", "--reason", "once more"])
+    capsys.readouterr()
+    assert main(["promote", "policy/2", "--reason", "once more"]) == 0
+    assert capsys.readouterr().out == "policy/2 is the champion already; nothing was recorded.\n"
     assert client.get_model_version("policy", "2").tags == before  # what it replaced is still known
 
 
