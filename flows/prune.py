@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows.replay import Store, lineage
-from flows.workspace import ALL, BRANCHES, WORKSPACES, Workspace, git, held, identity
+from flows.workspace import ALL, BRANCHES, WORKSPACES, Workspace, commit_of, git, held, identity
 from tasks.lineage import load_stages
 from tasks.stage import UserError
-from tasks.tracking import connect, masked, tracking_uri
+from tasks.tracking import connect, mlflow_told
 
 KEPT = "rlhf/registered"
 
@@ -125,7 +125,7 @@ def registered(repository: Path) -> Kept:
 
 def is_known(repository: Path, commit: str) -> bool:
     with contextlib.suppress(UserError):
-        return bool(commit and git(repository, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"))
+        return bool(commit_of(repository, commit))
     return False
 
 
@@ -152,20 +152,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if min(arguments.keep_days, arguments.keep_branches) < 0:
         parser.error("--keep-days and --keep-branches must be 0 or more")
-    from mlflow.exceptions import MlflowException
-
     try:
-        removed = prune(arguments.keep_days, arguments.keep_branches)
-        for name in [*removed.workspaces, *removed.branches]:
-            print(f"removed {name}")
-        print(f"removed in all: {removed}")
-        if arguments.gc:
-            print(f"collected garbage; {collect_garbage(Path())} objects of registered versions stay")
+        with mlflow_told():
+            removed = prune(arguments.keep_days, arguments.keep_branches)
+            for name in [*removed.workspaces, *removed.branches]:
+                print(f"removed {name}")
+            print(f"removed in all: {removed}")
+            if arguments.gc:
+                print(f"collected garbage; {collect_garbage(Path())} objects of registered versions stay")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MlflowException, OSError) as error:
-        print(f"error: MLflow at {masked(tracking_uri())}: {masked(str(error)).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

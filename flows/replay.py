@@ -29,7 +29,7 @@ from flows.workspace import Workspace, change_params, git, open_workspace
 from tasks.lineage import StageSpec, environment, hash_path, load_stages, upstream
 from tasks.params import load_params
 from tasks.stage import UserError
-from tasks.tracking import connect, flat_params, masked, tracking_uri
+from tasks.tracking import connect, flat_params, masked, mlflow_told, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -360,16 +360,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("version", help="policy/3, or policy@champion")
     parser.add_argument("--only", metavar="STAGE", help="run this stage alone, on the inputs that it had")
     arguments = parser.parse_args(argv)
-    from mlflow.exceptions import MlflowException
-
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     try:
-        found = replay(arguments.version, arguments.only, console)
+        with mlflow_told():
+            found = replay(arguments.version, arguments.only, console)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MlflowException, OSError) as error:
-        print(f"error: MLflow at {masked(tracking_uri())}: {masked(str(error)).splitlines()[0]}", file=sys.stderr)
         return 2
     differ = [row for row in found if not row.same]
     console.print(f"{len(found) - len(differ)} of {len(found)} outs are the same to the bit.")

@@ -141,11 +141,6 @@ def run_elsewhere(stage: str, deployment: str, workspace: Workspace) -> None:
     workspace.advance(BRANCHES + str(run.id))
 
 
-def registered() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(REGISTERED.read_text()) if REGISTERED.exists() else {}
-    return found
-
-
 def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
     """Keep what there is, of a failed run too: lock and reports on the branch, outs and run cache at the remote."""
     commit = workspace.commit(f"Run {workspace.id}: {'failed' if state.is_failed() else 'done'}")
@@ -163,7 +158,7 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
 
 def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
     """What became of the policy that this run registered, once a person was asked where that is due."""
-    told = registered()
+    told = json.loads(REGISTERED.read_text())
     policy, verdict = f"policy/{told['policy']['version']}", str(told["champion"])
     if verdict == "waits for approval":
         verdict = ask_for_approval(told["policy"]["version"], approval_hours, workspace)

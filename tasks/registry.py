@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.stage import UserError
-from tasks.tracking import connect, masked, tracking_uri
+from tasks.tracking import connect, masked, mlflow_told, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -186,36 +186,33 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("version", help="policy/3, or policy@candidate")
     commands.add_parser("rollback", parents=[by_hand], help="back to the version that the champion replaced")
     arguments = parser.parse_args(argv)
-    from mlflow.exceptions import MlflowException
-
     try:
-        client = connect()
-        if arguments.command == "list":
-            Console(width=None if sys.stdout.isatty() else 160).print(table(client))
-            return 0
-        if not arguments.reason.strip():
-            raise UserError("--reason is empty; say why.")
-        by = {"author": arguments.author or whoami(), "reason": arguments.reason.strip()}
-        before = champion(client)
-        was = f"policy/{before.version}" if before else "none"
-        if arguments.command == "promote":
-            version = resolve(client, arguments.version)
-            if before is not None and before.version == version.version:
-                print(f"policy/{version.version} is the champion already; nothing was recorded.")
+        with mlflow_told():
+            client = connect()
+            if arguments.command == "list":
+                Console(width=None if sys.stdout.isatty() else 160).print(table(client))
                 return 0
-            if version.tags.get("gates.passed") == "false":
-                print(
-                    f"note: policy/{version.version} failed gates: {version.tags.get('gates.failed')}", file=sys.stderr
-                )
-            promote(client, str(version.version), **by)
-            number = str(version.version)
-        else:
-            number = rollback(client, **by)
+            if not arguments.reason.strip():
+                raise UserError("--reason is empty; say why.")
+            by = {"author": arguments.author or whoami(), "reason": arguments.reason.strip()}
+            before = champion(client)
+            was = f"policy/{before.version}" if before else "none"
+            if arguments.command == "promote":
+                version = resolve(client, arguments.version)
+                if before is not None and before.version == version.version:
+                    print(f"policy/{version.version} is the champion already; nothing was recorded.")
+                    return 0
+                if version.tags.get("gates.passed") == "false":
+                    print(
+                        f"note: policy/{version.version} failed gates: {version.tags.get('gates.failed')}",
+                        file=sys.stderr,
+                    )
+                promote(client, str(version.version), **by)
+                number = str(version.version)
+            else:
+                number = rollback(client, **by)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (MlflowException, OSError) as error:
-        print(f"error: MLflow at {masked(tracking_uri())}: {masked(str(error)).splitlines()[0]}", file=sys.stderr)
         return 2
     print(f"champion: policy/{number} (before: {was})")
     return 0

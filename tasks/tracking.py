@@ -148,6 +148,17 @@ def masked(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
+@contextmanager
+def mlflow_told() -> Iterator[None]:
+    """What MLflow, or the way to it, refuses becomes one line: a UserError that names the address."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise UserError(f"MLflow at {masked(tracking_uri())}: {masked(str(error)).splitlines()[0]}") from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the flow uses. None of these raises; where MLflow cannot be reached they return "" and say so once.
 
