@@ -4,7 +4,7 @@ BIN := .venv/bin
 # so that `python` and `dvc` in dvc.yaml's commands are those of .venv
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help run test check format ui serve stack-local promote rollback replay chat bench clean
+.PHONY: help run test check format ui serve stack-local promote rollback replay compare chat arena bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -13,7 +13,7 @@ help:  ## list the targets
 run: .venv/installed .git  ## set up .venv where it is missing, and run the pipeline: what is out of date, nothing else
 	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf $(STAGES)
 
-test: .venv/installed .git  ## the same environment, and the tests
+test: .venv/pages .git  ## the same environment, and the tests
 	@$(IN_VENV) exec $(BIN)/python -m pytest $(or $(TESTS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 check: .venv/installed  ## format, lint and types; a warning is an error
@@ -45,8 +45,14 @@ rollback: .venv/installed  ## REASON="...": back to the champion before
 replay: .venv/installed  ## VERSION=policy/3 [ONLY=ppo]: make it again, and compare to the bit
 	@$(IN_VENV) exec $(BIN)/python -m flows.replay "$(VERSION)" $(if $(ONLY),--only $(ONLY))
 
+compare: .venv/installed  ## A=policy/3 [B=HEAD]: two runs side by side; versions, commits or MLflow runs
+	@$(IN_VENV) exec $(BIN)/python -m flows.compare $(A) $(B)
+
 chat: .venv/installed  ## MODEL=models:/policy@champion: talk to it here
 	@$(IN_VENV) exec $(BIN)/python -m tasks.chat "$(or $(MODEL),models:/policy@champion)"
+
+arena: .venv/pages  ## A=models:/policy@champion B=data/models/sft: a page to vote on which answers better
+	@$(IN_VENV) exec $(BIN)/python -m tasks.arena "$(or $(A),models:/policy@champion)" "$(or $(B),data/models/sft)" $(ARGS)
 
 bench: .venv/installed .git  ## speed and memory beside trl's PPO: ONLY=ppo, QUICK=1 for one size in under 15 minutes
 	@$(IN_VENV) exec $(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
@@ -61,6 +67,11 @@ clean:  ## remove the environment and the tools' caches; data, models and record
 	@echo 'installing into .venv; this takes some minutes, once'
 	@"$(PYTHON)" -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+.venv/pages: .venv/installed requirements.pages.lock
+	@echo 'installing what the pages need'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.pages.lock
 	@touch $@
 
 # DVC needs a repository; an unpacked archive has none

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import growth, machinery, ppo, shares, time_to_reward
+from bench import growth, machinery, ppo, prepare, shares, time_to_reward
 
 RESULTS = Path(__file__).parent / "results.json"
 BENCHES: dict[str, Any] = {
@@ -19,6 +19,7 @@ BENCHES: dict[str, Any] = {
     "time_to_reward": time_to_reward,
     "growth": growth,
     "machinery": machinery,
+    "prepare": prepare,
 }
 # what names a measurement: a new one replaces the old
 KEY = (
@@ -40,9 +41,9 @@ def main() -> None:
             records.append(record)
             keep(record)
         console.print(BENCHES[name].table(records))
-        if name == "growth" and not arguments.quick:
-            growth.plot(records)
-            console.print(f"plot: {growth.PLOT}")
+        if hasattr(BENCHES[name], "plot") and not arguments.quick:
+            BENCHES[name].plot(records)
+            console.print(f"plot: {BENCHES[name].PLOT}")
     console.print(f"records: {RESULTS}")
 
 

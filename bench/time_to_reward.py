@@ -115,13 +115,14 @@ def gold_scores(sets: list[list[list[int]]]) -> list[float]:
     """The mean gold score of each set of answers (token ids) to the held-out prompts."""
     import torch
 
-    from tasks.datasets import Prompt, PromptTicket, read_rows
+    from tasks.datasets import Prompt, PromptFacts, read_rows
     from tasks.labels.gold import gold_score
     from tasks.models import decode_response, encode_prompt, load_language_model, load_tokenizer, split_model
     from tasks.ppo.rollout import as_rollout
 
     rows = read_rows(ROOT / "data/prepared/prompts/eval.jsonl", Prompt)[:HELD_OUT]
-    tickets = {row.id: row.ticket for row in read_rows(ROOT / "data/prepared/tickets.jsonl", PromptTicket)}
+    facts = read_rows(ROOT / "data/prepared/facts.jsonl", PromptFacts)
+    tickets = {row.id: row.ticket for row in facts if row.ticket}
     tokenizer = load_tokenizer(ROOT / "data/models/base")
     trunk, branch = split_model(load_language_model(ROOT / "data/models/base"), 0)
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]

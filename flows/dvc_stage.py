@@ -33,6 +33,7 @@ from prefect.states import Completed, Failed
 
 from flows.console import Bar
 from flows.server import leashed
+from flows.workspace import absent_within
 from tasks.lineage import StageSpec
 
 LOCK_WAIT_SECONDS = 600.0
@@ -82,7 +83,7 @@ def _bring_up_to_date(spec: StageSpec, pool: Pool, ids: dict[str, str]) -> State
     with pool.room_for(spec.name, float(spec.meta.get("memory_gb", 0)), logger.info):
         started = time.monotonic()
         ids = ids | {"RLHF_TASK_RUN_ID": str(this_task_run.get_id() or "")}
-        code, lines = _run_dvc(spec.name, pool, ids, started + limit)
+        code, lines = _run_dvc(spec, pool, ids, started + limit)
     seconds = time.monotonic() - started
     if pool.stopped:
         return Failed(name="Stopped", message="the flow was stopped", data=Outcome("failed", seconds, "stopped"))
@@ -120,13 +121,17 @@ def unchanged(parents: Mapping[str, set[str]]) -> frozenset[str]:
     return frozenset(parents) - changed
 
 
-def _run_dvc(stage: str, pool: Pool, ids: dict[str, str], until: float) -> tuple[int, list[str]]:
+def _run_dvc(spec: StageSpec, pool: Pool, ids: dict[str, str], until: float) -> tuple[int, list[str]]:
     """(exit code, printed lines); tried again while somebody else's DVC is at the same files. `until`: its last moment.
 
     Where the pool pulls, DVC fetches what an outdated stage reads, and nothing for one that is up to date.
     """
     logger = get_run_logger()
+    stage = spec.name
     bar = Bar(stage, logger)
+    if pool.pull and (absent := absent_within(Path(), spec.data_deps)):
+        with pool.start(["dvc", "--wait-for-lock", "pull", "--quiet", *absent], ids) as process:
+            process.communicate()  # what could not be had is told by the stage that lacks it
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
         lines: list[str] = []

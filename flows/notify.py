@@ -15,7 +15,7 @@ def notify(slug: str | None, subject: str, facts: dict[str, Any]) -> None:
     """
     if slug is None:
         return
-    body = "\n".join([subject, *(f"{name}: {value}" for name, value in facts.items())])
+    body = "\n".join([subject, *(f"{name}: {value}" for name, value in facts.items() if name != "figures")])
     try:
         block: Any = Block.load(slug)
         block.notify(body, subject=subject)

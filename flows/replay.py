@@ -226,6 +226,7 @@ def again(run: Recorded, workspace: Workspace, store: Store, console: Console) -
         )
     git(workspace.path, "checkout", "--quiet", "--force", "--detach", run.commit)
     restore_params(run, workspace, console)
+    workspace.fetch_within(run.deps)
     for dep, md5 in run.deps.items():
         place = workspace.path / dep
         if place.exists() and hash_path(place) == md5:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from flows.dvc_stage import Outcome
 from tasks.lineage import StageSpec, git_state, locked_outs
+from tasks.tracking import runs_url
 
 SAMPLES = Path("data/reports/evaluation/samples.jsonl")
 METRICS = SAMPLES.parent / "metrics.json"
@@ -50,6 +51,7 @@ class Pipeline:
     status: str = "KILLED"  # until the flow has got to its end
     page: str = ""  # the flow run on Prefect's server
     url: str = ""  # of its MLflow run
+    note: str = ""  # what failed, in Markdown
 
     @property
     def ids(self) -> dict[str, str]:
@@ -86,16 +88,19 @@ def pipeline_record() -> Iterator[Pipeline]:
         pipeline.status = "FAILED"
         raise
     finally:
-        tracking.close_pipeline(pipeline.id, pipeline.status)
+        tracking.close_pipeline(pipeline.id, pipeline.status, pipeline.note)
 
 
 def figure_of(spec: StageSpec, root: Path = Path()) -> str:
-    """`gold.gain 0.21`: the figure that dvc.yaml names for the stage, out of the JSON files that it writes."""
-    key = spec.meta.get("figure", "")
-    for out in spec.outs if key else ():
-        path = root / out
-        if path.suffix == ".json" and path.exists():
-            value = _at(json.loads(path.read_text()), key.split("."))
+    """`gold.gain 0.21`: the figure that dvc.yaml names for the stage, out of the JSON files that it writes.
+
+    `gold.gain or score.gain`: the first that there is.
+    """
+    files = [root / out for out in spec.outs if out.endswith(".json")]
+    reports = [json.loads(file.read_text()) for file in files if file.exists()]
+    for key in spec.meta.get("figure", "").split(" or "):
+        for report in reports:
+            value = _at(report, key.split("."))
             if value is not None:
                 return f"{key} {_plain(value)}"
     return ""
@@ -139,17 +144,23 @@ def evaluation() -> str:
     figures = json.loads(METRICS.read_text())
     rows = ["| | base | SFT | policy | gain of the policy |", "|---|---|---|---|---|"]
     for name in ("gold", "score", "fluency"):
-        section = figures.get(name, {})
-        cells = [_interval(section, key) for key in ("base", "sft", "policy", "gain")]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    more = {"win rate over SFT": "win_rate", "KL from SFT, nats": "kl"}
-    rows += ["", *(f"- {told}: {_interval(figures, key)}" for told, key in more.items()), ""]
+        if name in figures:
+            cells = [_interval(figures[name], key) for key in ("base", "sft", "policy", "gain")]
+            rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "gold" not in figures:
+        rows += ["", "There is no gold score: these prompts have no ticket."]
+    more = {
+        "win rate over SFT by the gold score": "win_rate",
+        "win rate over SFT by the reward model": "score_win_rate",
+        "KL from SFT, nats": "kl",
+    }
+    rows += ["", *(f"- {told}: {_interval(figures, key)}" for told, key in more.items() if key in figures), ""]
     samples = [json.loads(line) for line in SAMPLES.read_text().splitlines()[:SHOWN]]
     for sample in samples:
-        rows.append(f"**{_quoted(sample['prompt'])}**\n")
+        rows.append(f"**{quoted(sample['prompt'])}**\n")
         for model in ("base", "sft", "policy"):
             score = sample["scores"].get(f"score.{model}")
-            rows.append(f"- {model}{'' if score is None else f' ({score:.2f})'}: {_quoted(sample[model])}")
+            rows.append(f"- {model}{'' if score is None else f' ({score:.2f})'}: {quoted(sample[model])}")
         rows.append("")
     return "\n".join(rows)
 
@@ -160,7 +171,7 @@ def _interval(section: dict[str, float], name: str) -> str:
     return f"{section[name]:.3g} [{section[f'{name}_low']:.3g}, {section[f'{name}_high']:.3g}]"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A model's text must not become markup of ours."""
     return " ".join(re.sub(r"([\\`*_{}\[\]()#+!|<>~$-])", r"\\\1", text).split())
 
@@ -181,6 +192,8 @@ def print_report(report: Report, console: Console) -> None:
     if SAMPLES.exists():
         console.print(_answers(json.loads(SAMPLES.read_text().splitlines()[0])))
     console.print(_NEXT, soft_wrap=True)
+    if urls := [row.url for row in report if row.url]:
+        console.print(f"  all runs, to compare: {runs_url(urls[0])}", soft_wrap=True)
 
 
 def _table(report: Report, wide: bool) -> Table:
@@ -211,6 +224,9 @@ def _answers(sample: dict[str, Any]) -> Table:
 
 _NEXT = """
 What comes next
+  data/reports/report.html     all of this run on one page, for any browser
+  make compare A=HEAD          this run beside the last commit's; or two versions: A=policy/1 B=policy/2
+  make chat                    talk to the champion;  make arena: vote between two models
   make ui                      MLflow and Prefect in the browser (the links above work while it runs)
   . .venv/bin/activate         then:
     dvc metrics show           all figures;  dvc metrics diff: against the last commit

@@ -25,7 +25,7 @@ from rich.console import Console
 from flows.console import terminal
 from flows.dvc_stage import Outcome, Pool, dvc_stage, outcome_of, unchanged
 from flows.leftovers import mend_leftovers
-from flows.report import Report, pipeline_record, print_report, publish
+from flows.report import Report, pipeline_record, print_report, publish, quoted
 from flows.server import prefect_server
 from tasks.lineage import StageSpec, load_stages, upstream
 from tasks.params import load_params
@@ -52,6 +52,7 @@ def rlhf(targets: list[str] | None = None, pull: bool = False) -> State[Report]:
         report = [pipeline.row(spec, outcome_of(runs[name].state)) for name, spec in specs.items()]
         failed = [row.stage for row in report if row.status == "failed"]
         pipeline.status = "FAILED" if failed else "FINISHED"
+        pipeline.note = "\n".join(f"- **{row.stage} failed**: {quoted(row.error)}" for row in report if row.error)
     publish(report, pipeline.url)
     return Failed(message=f"failed: {', '.join(failed)}", data=report) if failed else Completed(data=report)
 

@@ -34,6 +34,7 @@ from flows import replay as replaying
 from flows.notify import notify
 from flows.rlhf import needed, rlhf
 from flows.workspace import BRANCHES, Workspace, name_of, open_workspace
+from tasks.datasets import flat
 from tasks.lineage import load_stages, upstream
 from tasks.run import end_with_parent
 from tasks.stage import UserError
@@ -153,7 +154,10 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
         get_run_logger().warning("%s", error)  # beside the stage's own, which is what the run failed of
     finally:
         workspace.publish()
-    return {"run": workspace.id, "branch": workspace.branch, "commit": commit}
+    figures: dict[str, Any] = {}
+    for file in sorted(Path("data/reports").glob("*/metrics.json")):
+        figures |= flat(json.loads(file.read_text()))
+    return {"run": workspace.id, "branch": workspace.branch, "commit": commit, "figures": figures}
 
 
 def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
@@ -177,9 +181,8 @@ def ask_for_approval(number: str, hours: float, workspace: Workspace) -> str:
 
     client = connect()
     record = client.get_model_version("policy", number)
-    text = (
-        f"policy/{number} passed its gates (run {workspace.id}).\n\n{record.description}\n\nMay it become the champion?"
-    )
+    passed = f"policy/{number} failed none of its gates (run {workspace.id})."
+    text = f"{passed}\n\n{record.description}\n\nMay it become the champion?"
     try:
         answer = pause_flow_run(
             wait_for_input=Approval.with_initial_data(description=text, approve=False, name="", reason=""),

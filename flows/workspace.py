@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
+from tasks.datasets import flat
 from tasks.stage import CHECKPOINTS, UserError
 from tasks.tracking import JOURNALS, masked
 
@@ -79,6 +80,11 @@ class Workspace:
             if done.returncode:
                 raise UserError(masked(f"`dvc update {' '.join(files)}` failed: {done.stderr.strip()[-2000:]}"))
             self.commit("Imports brought up to date")
+
+    def fetch_within(self, deps: Iterable[str]) -> None:
+        """What DVC keeps of the folders among these; what cannot be had is left to whoever needs it."""
+        if absent := absent_within(self.path, deps):
+            _run(["dvc", "pull", "--quiet", *absent], self.path)
 
     def commit(self, message: str) -> str:
         """What changed goes to the workspace's branch; returns the commit."""
@@ -147,19 +153,11 @@ def change_params(file: Path, values: Mapping[str, Any]) -> None:
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
         if not isinstance(section, dict) or last not in section:
-            near = difflib.get_close_matches(key, dotted(params), n=1)
+            near = difflib.get_close_matches(key, flat(params), n=1)
             raise UserError(f"params.yaml has no key `{key}`" + (f"; did you mean `{near[0]}`?" if near else "."))
         section[last] = value
     if values:
         yaml.dump(params, file)
-
-
-def dotted(section: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys of all values."""
-    keys: list[str] = []
-    for name, value in section.items():
-        keys += dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [f"{prefix}{name}"]
-    return keys
 
 
 @contextmanager
@@ -292,6 +290,13 @@ def imports(repository: Path, revision: str) -> list[str]:
         for file in files
         if file.endswith(".dvc") and "\ndeps:" in "\n" + git(repository, "show", f"{revision}:{file}")
     ]
+
+
+def absent_within(folder: Path, deps: Iterable[str]) -> list[str]:
+    """What people track with DVC in a folder that a stage reads, and is not there: the .dvc files. `dvc repro --pull`
+    fetches a dep that is missing as a whole, and takes a folder that lacks files for one that has changed."""
+    tracked = (file for dep in deps if (folder / dep).is_dir() for file in (folder / dep).rglob("*.dvc"))
+    return sorted(str(file.relative_to(folder)) for file in tracked if not file.with_suffix("").exists())
 
 
 def is_address(repository: str) -> bool:

@@ -1,24 +1,31 @@
-"""Talk to a model in the terminal: `python -m tasks.chat models:/policy@champion`, or a folder such as data/models/sft.
+"""Talk to a model in the terminal: `python -m tasks.chat policy@champion`, or `sft`, or the folder of any model.
 
-The answer appears as it is written; what was said before goes along with each prompt. /new forgets it, /quit (or
-Ctrl-D) ends.
+The answer appears as it is written; what was said before goes along with each prompt. /model NAME goes on with another
+model, /model alone lists what there is, /new forgets what was said, /quit (or Ctrl-D) ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import json
 import math
+import re
 import sys
 from collections.abc import Generator
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
+from tasks.conversations import Conversation, Turn
 from tasks.stage import UserError
-from tasks.tracking import masked, tracking_uri
+from tasks.tracking import connect, masked, mlflow_told, tracking_uri
 
-Message = dict[str, str]  # {"role": "user" or "assistant", "content": ...}
+MODELS = Path("data/models")
+OF_THIS_WORKSPACE = ("base", "sft", "policy")  # folders there
+CHAMPION = "models:/policy@champion"
+FOLDER_LIMIT = 256  # new tokens of an answer; a registered version says its own
 
 
 class Chat:
@@ -27,13 +34,22 @@ class Chat:
     def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.history: list[Message] = []
+        self.history: Conversation = []
+        self.ended = False  # whether the last answer ends with the end token
 
     def say(self, text: str) -> Generator[str]:
-        """The answer, piece by piece. It joins the history once it is complete, or as far as the caller took it."""
+        """The answer to what was said so far and this, piece by piece."""
+        turn: Turn = {"role": "user", "content": text}
+        yield from self.reply(self.fitting([*self.history, turn]))
+
+    def reply(self, turns: Conversation) -> Generator[str]:
+        """The answer to a conversation, piece by piece. Both are the history once it is complete, or as far as the
+        caller took it. UserError where the conversation is too long."""
         from transformers import GenerationConfig, TextIteratorStreamer
 
-        turns = self.fitting([*self.history, {"role": "user", "content": text}])
+        batch = self.encode(turns)
+        if (length := batch.input_ids.shape[1]) > self.room:
+            raise UserError(f"that is {length} tokens, and the model takes {self.room}.")
         streamer: Any = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampled = {"do_sample": True, "temperature": self.temperature, "top_k": 0} if self.temperature > 0 else {}
         settings = GenerationConfig(
@@ -43,18 +59,19 @@ class Chat:
             **sampled,
         )
         stop = _Stop()
-        batch = self.encode(turns)
         failures: list[Exception] = []
+        self.ended = False
 
         def write() -> None:
             try:
-                self.model.generate(
+                ids = self.model.generate(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     generation_config=settings,
                     streamer=streamer,
                     stopping_criteria=[stop],
                 )
+                self.ended = bool(ids[0, -1] == self.tokenizer.eos_token_id)
             except Exception as error:  # told by the caller's thread, which waits for pieces
                 failures.append(error)
                 streamer.end()
@@ -74,17 +91,21 @@ class Chat:
             self.history = turns[:-1]
             raise UserError(f"the model gave no answer: {type(failures[0]).__name__}: {failures[0]}")
 
-    def encode(self, turns: list[Message]) -> Any:
-        """The conversation up to where the assistant begins."""
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    @property
+    def room(self) -> int:
+        """Tokens that a conversation may have."""
+        most: int = getattr(self.model.config, "max_position_embeddings", sys.maxsize)
+        return most - self.max_new_tokens
 
-    def fitting(self, turns: list[Message]) -> list[Message]:
-        """Without the oldest turns, where the conversation has grown too long. UserError where the last one has."""
-        room = getattr(self.model.config, "max_position_embeddings", sys.maxsize) - self.max_new_tokens
-        while (length := self.encode(turns).input_ids.shape[1]) > room:
-            if len(turns) == 1:
-                raise UserError(f"that is {length} tokens, and the model takes {room}.")
+    def encode(self, turns: Conversation) -> Any:
+        """The conversation up to where the assistant begins."""
+        from tasks.models import chat_text
+
+        return self.tokenizer(chat_text(self.tokenizer, turns), add_special_tokens=False, return_tensors="pt")
+
+    def fitting(self, turns: Conversation) -> Conversation:
+        """Without the oldest turns, where the conversation has grown too long."""
+        while len(turns) > 1 and self.encode(turns).input_ids.shape[1] > self.room:
             turns = turns[2:]
         return turns
 
@@ -101,21 +122,65 @@ class _Stop:
         return torch.full((len(ids),), self.now, device=ids.device)
 
 
-def load(name: str) -> tuple[Any, Any, int]:
-    """(model, tokenizer, its usual limit of new tokens) of a registered version or of a folder."""
+class Loaded(NamedTuple):
+    name: str  # in full: data/models/sft, models:/policy/3
+    model: Any
+    tokenizer: Any
+    max_new_tokens: int  # its usual limit
+
+
+def load(name: str) -> Loaded:
+    """The language model that a name stands for (`pinned`); UserError where there is none, or it cannot be loaded."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not name.startswith("models:/"):
-        from tasks.models import load_language_model, load_tokenizer
+    name = pinned(name)
+    return load_version(name) if name.startswith("models:/") else load_folder(name)
 
-        if not (Path(name) / "config.json").exists():
-            raise UserError(f"{name} is no model folder; give one, or a registered version: models:/policy@champion.")
-        return load_language_model(Path(name)), load_tokenizer(Path(name)), 256
+
+def pinned(name: str) -> str:
+    """What a name stands for now, in full: `sft` data/models/sft, `champion` or `policy@champion` models:/policy/3."""
+    if name in OF_THIS_WORKSPACE:
+        return str(MODELS / name)
+    if name == "champion":
+        name = CHAMPION
+    if re.fullmatch(r"[\w.-]+(/\d+|@[\w.-]+)", name) and not Path(name).exists():
+        name = f"models:/{name}"
+    if not name.startswith("models:/"):
+        return name
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    try:
+        model, version = get_model_name_and_version(connect(), name)
+    except (MlflowException, OSError) as error:
+        raise UserError(f"{name} from MLflow at {masked(tracking_uri())}: {masked(str(error))}") from error
+    return f"models:/{model}/{version}"
+
+
+def load_folder(name: str) -> Loaded:
+    from safetensors import SafetensorError
+
+    from tasks.models import load_language_model, load_tokenizer
+
+    folder = Path(name)
+    try:
+        kinds = json.loads((folder / "config.json").read_text()).get("architectures") or []
+        if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            raise UserError(f"{name} is a reward or value model: it scores answers, and gives none.")
+        return Loaded(name, load_language_model(folder), load_tokenizer(folder), FOLDER_LIMIT)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{name} is no model folder ({Path(error.filename or 'a file').name} is missing); give one, or a "
+            f"registered version: {CHAMPION}."
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_version(name: str) -> Loaded:
     import mlflow
     from mlflow.exceptions import MlflowException
-
-    from tasks.tracking import connect
 
     try:
         connect()  # with its short time-outs
@@ -125,10 +190,46 @@ def load(name: str) -> tuple[Any, Any, int]:
         raise UserError(f"{name} from MLflow at {masked(tracking_uri())}: {masked(str(error))}") from error
     if loaded.config["kind"] != "language":
         raise UserError(f"{name} is a reward model: it scores answers, and gives none.")
-    return loaded.model, loaded.tokenizer, int(loaded.config["max_new_tokens"])
+    return Loaded(name, loaded.model, loaded.tokenizer, int(loaded.config["max_new_tokens"]))
 
 
-def converse(chat: Chat) -> None:
+def registered() -> dict[str, str]:
+    """The versions of language models in MLflow, {"policy/3": "champion, candidate"}, newest first."""
+    with mlflow_told():
+        client = connect()
+        found = {}
+        for model in client.search_registered_models():
+            if model.name == "reward":
+                continue
+            versions = client.search_model_versions(f"name = '{model.name}'")
+            for number in sorted((int(version.version) for version in versions), reverse=True):
+                aliases = sorted(alias for alias, at in model.aliases.items() if int(at) == number)
+                found[f"{model.name}/{number}"] = ", ".join(aliases)
+        return found
+
+
+def show_models(current: str) -> None:
+    """What `/model NAME` takes; a star at the current one, whose name is given in full."""
+    names = {name: "" for name in OF_THIS_WORKSPACE if (MODELS / name / "config.json").exists()}
+    try:
+        names |= registered()
+    except UserError as error:
+        print(f"(registered versions are not listed: {error})")
+    in_full = {name: f"models:/{name}" if "/" in name else str(MODELS / name) for name in names}
+    for name, aliases in names.items():
+        print(f"{'*' if in_full[name] == current else ' '} {name:<12} {aliases}".rstrip())
+    if current not in in_full.values():
+        print(f"* {current}")
+
+
+def start(name: str, at_most: int | None, temperature: float) -> tuple[Chat, str]:
+    """A conversation and its model's name in full. The chat alone holds the model, so that `switch` can free it."""
+    loaded = load(name)
+    return Chat(loaded.model, loaded.tokenizer, at_most or loaded.max_new_tokens, temperature), loaded.name
+
+
+def converse(chat: Chat, current: str, at_most: int | None) -> None:
+    """Until the user ends it. current: the model's name in full; at_most: new tokens of any model's answer."""
     while True:
         try:
             text = input("you> ")
@@ -138,11 +239,22 @@ def converse(chat: Chat) -> None:
             print()
             return
         text = text.strip()
+        command, _, name = text.partition(" ")
         if text == "/quit":
             return
         if text == "/new":
             chat.history.clear()
             print("(a new conversation)")
+        elif text == "/model":
+            show_models(current)
+        elif command == "/model":
+            try:
+                current = switch(chat, name.strip(), at_most)
+                print(f"({current} answers from here on; it is given what was said before, /new starts over)")
+            except UserError as error:
+                print(f"error: {error}\n({current} stays)")
+        elif re.fullmatch(r"/\w+", command):
+            print(f"error: {command} is no command; there are /model, /new and /quit.")
         elif text:
             print("model> ", end="", flush=True)
             # Ctrl-C ends the answer, not the conversation
@@ -155,9 +267,22 @@ def converse(chat: Chat) -> None:
             print()
 
 
+def switch(chat: Chat, name: str, at_most: int | None) -> str:
+    """Let another model go on with the conversation; its name in full. One that cannot be loaded changes nothing."""
+    loaded = load(name)
+    chat.model, chat.tokenizer = loaded.model, loaded.tokenizer
+    chat.max_new_tokens = at_most or loaded.max_new_tokens
+    gc.collect()  # the old model's modules refer to each other
+    return loaded.name
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tasks.chat", description="Talk to a model in the terminal.")
-    parser.add_argument("model", help="models:/policy@champion, models:/policy/3, or a folder such as data/models/sft")
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.chat",
+        description="Talk to a model in the terminal.",
+        epilog="In the conversation, /model NAME goes on with another model and /model lists what there is.",
+    )
+    parser.add_argument("model", help="base, sft, policy, champion, policy/3, policy@candidate, or a model's folder")
     parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: as the model was trained")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     arguments = parser.parse_args(argv)
@@ -169,12 +294,13 @@ def main(argv: list[str] | None = None) -> int:
         import readline  # noqa: F401  # arrow keys and history in input()
     try:
         print(f"loading {arguments.model} ...", file=sys.stderr)
-        model, tokenizer, usual = load(arguments.model)
+        chat, name = start(arguments.model, arguments.max_new_tokens, arguments.temperature)
         print(
-            "/new starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short; after \\ a line goes on in the next",
+            "/new starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short; after \\ a line goes on in the next\n"
+            "/model NAME goes on with another model (sft, champion, policy/3, ...), /model lists what there is",
             file=sys.stderr,
         )
-        converse(Chat(model, tokenizer, arguments.max_new_tokens or usual, arguments.temperature))
+        converse(chat, name, arguments.max_new_tokens)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

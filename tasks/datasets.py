@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from tasks.conversations import Conversation, key_of, single
 from tasks.stage import UserError
 
 
@@ -39,21 +40,22 @@ class RawTicket(Row):
     ticket: Ticket
 
 
-class PromptTicket(Row):
-    """The facts of one prepared prompt."""
+class PromptFacts(Row):
+    """What is known of one prepared prompt beside its text."""
 
     id: str
-    ticket: Ticket
+    source: str  # where it came from, as the reports call it
+    ticket: Ticket | None  # None: no simulated labeler can answer it and no gold score judges answers to it
 
 
 class Prompt(Row):
     id: str  # prompt_id(prompt)
-    prompt: str
+    prompt: Conversation
 
 
 class Demonstration(Row):
     id: str
-    prompt: str
+    prompt: Conversation
     response: str
     labeler: str
 
@@ -62,39 +64,104 @@ class Samples(Row):
     """K outputs of the SFT model for one prompt, in the order in which they were sampled."""
 
     id: str
-    prompt: str
+    prompt: Conversation
     responses: list[str]
     ended: list[bool]  # whether the response ended with the end token
 
 
-class Ranking(Row):
-    """One labeler's ranking of the K outputs for one prompt."""
+class RecordedRanking(Row):
+    """One labeler's ranking of K responses to one prompt, as it came with the raw data."""
 
     id: str
-    prompt: str
+    prompt: Conversation
     responses: list[str]
-    ended: list[bool]
     ranks: list[int]  # of each response; 1 is best, equal ranks are ties
     labeler: str
+
+
+class Ranking(RecordedRanking):
+    """The same with what reward training must know; the responses may be the SFT model's outputs."""
+
+    ended: list[bool]  # whether the response ended with the end token
     held_out: bool  # kept out of reward training, to measure accuracy on
+
+
+class Vote(Ranking):
+    """A person's choice between two models' answers, made without knowing which model gave which (tasks/arena.py)."""
+
+    models: list[str]  # that gave the responses: policy/3, or a folder with the start of its DVC hash
+    seed: int  # of the draw of their sides
+    shown_at: str  # when both answers were complete, ISO 8601
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _of_text(cls, prompt: Any) -> Any:
+        """Votes that were recorded when a prompt was a text keep their worth."""
+        return single(prompt) if isinstance(prompt, str) else prompt
+
+
+class Answer(Row):
+    """What a model answered to a held-out prompt, and what the other models say of it."""
+
+    id: str
+    prompt: Conversation
+    response: str
+    length: int  # tokens, with the end token
+    ended: bool  # whether it ends with the end token
+    score: float  # the reward model's, centred
+    base_logprob: float  # log-probability of the answer under the base model, nats
+    kl: float | None  # of the policy's: log pi(answer) - log pi_sft(answer), nats
+
+
+class HeldOutAnswer(Row):
+    """The policy's answer during PPO, to a prompt that it is not trained on."""
+
+    update: int  # how many updates had been made
+    id: str
+    prompt: Conversation
+    response: str
+    tokens: list[int]  # as the policy wrote them, with the end token where there is one: the text may encode to others
+    score: float  # the reward model's, centred
+    kl: float  # log pi(answer) - log pi_sft(answer), nats
 
 
 class SideBySide(Row):
     """A held-out prompt answered by three models, with what the judges say of each answer: {"gold.sft": 0.7, ...}."""
 
-    prompt: str
+    prompt: str  # text_of the conversation
     base: str
     sft: str
     policy: str
     scores: dict[str, float]
 
 
+class Verdict(Row):
+    """What a judge says of two answers to one prompt, which it was shown in both orders."""
+
+    kind: Literal[
+        "labelled", "sft", "base"
+    ]  # a labeler finds `first` better; or it is the policy's, and the other this
+    prompt: str  # text_of the conversation
+    first: str
+    second: str
+    answers: list[str]  # to (first, second), then to (second, first); none where the two are the same text
+    verdict: Literal["first", "second", "tie", "unreadable"]
+
+
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-def prompt_id(prompt: str) -> str:
-    """The prompt's name: the same text has the same id everywhere."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"gold": {"sft": 1}} -> {"gold.sft": 1}"""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def prompt_id(prompt: Conversation) -> str:
+    """The prompt's name: the same turns have the same id everywhere."""
+    return hashlib.sha256(key_of(prompt).encode()).hexdigest()[:16]
 
 
 def stable_share(*parts: object) -> float:
@@ -104,7 +171,7 @@ def stable_share(*parts: object) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def read_rows(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
+def read_rows(path: Path, row_type: type[AnyRow], *, may_be_empty: bool = False) -> list[AnyRow]:
     """All rows of a JSON Lines file; UserError names file, line and field of the first that is wrong."""
     rows = []
     try:
@@ -121,9 +188,16 @@ def read_rows(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except FileNotFoundError:
         raise UserError(f"{path} is missing.") from None
-    if not rows:
+    if not rows and not may_be_empty:
         raise UserError(f"{path} holds no rows.")
     return rows
+
+
+def tell_unused(path: Path, row_type: type[Row], stage: str) -> None:
+    """People's labels that are there, and that a stage with simulated labelers does not take."""
+    if count := len(read_rows(path, row_type, may_be_empty=True)):
+        kind = path.parent.name
+        print(f"{stage}: {count} {kind} came with the data and are not used, for {stage}.labeler is simulated")
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -1,22 +1,90 @@
-"""Labelers answer prompts. `python -m tasks.run demonstrate`."""
+"""Labelers answer prompts. `python -m tasks.run demonstrate`.
+
+The labelers are simulated, or people whose demonstrations came with the raw data (`demonstrate.labeler: recorded`).
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 
-from tasks.datasets import Demonstration, Prompt, PromptTicket, read_rows, stable_share, write_json, write_rows
+from tasks.conversations import text_of
+from tasks.datasets import (
+    Demonstration,
+    Prompt,
+    PromptFacts,
+    Ticket,
+    read_rows,
+    stable_share,
+    tell_unused,
+    write_json,
+    write_rows,
+)
 from tasks.labels.simulated import choose_labeler, demonstrate, generator
+from tasks.params import Params
 from tasks.stage import Stage, UserError
 
 
 def run(stage: Stage) -> None:
     params = stage.params
-    prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
-    tickets = {row.id: row.ticket for row in read_rows(stage.dep("data/prepared/tickets.jsonl"), PromptTicket)}
-    chosen = choose_prompts(prompts, params.demonstrate.prompts, params.seed)
+    flaws: dict[str, list[str]] = {}
+    without_ticket = 0
+    if params.demonstrate.labeler == "recorded":
+        demonstrations = recorded(stage.dep("data/prepared/demonstrations/sft.jsonl"))
+    else:
+        prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
+        facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
+        tickets = {row.id: row.ticket for row in facts if row.ticket}
+        known = [prompt for prompt in prompts if prompt.id in tickets]
+        without_ticket = len(prompts) - len(known)
+        demonstrations, flaws = simulated(known, tickets, params)
+        tell_unused(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, "demonstrate")
+    folder = stage.out("data/collected/demonstrations")
+    write_rows(folder / "demonstrations.jsonl", demonstrations)
+    # whoever trains on them sees by it whether they were checked with the model's own tokenizer
+    shutil.copy(stage.dep("data/prepared/tokenizer_fingerprint.txt"), folder)
 
-    demonstrations, flaws = [], {}
-    for prompt in chosen:
+    figures = {
+        "count": len(demonstrations),
+        "flawed_share": round(sum(map(bool, flaws.values())) / len(flaws), 4) if flaws else None,
+        "without_ticket": without_ticket,
+    }
+    by_labeler = Counter(row.labeler for row in demonstrations)
+    by_flaw = Counter(flaw for found in flaws.values() for flaw in found)
+    write_json(
+        stage.out("data/reports/demonstrate/metrics.json"),
+        {"demonstrate": {**figures, "by_labeler": by_labeler, "by_flaw": by_flaw}},
+    )
+    stage.tracker.metrics({f"demonstrate/{name}": value for name, value in figures.items() if value is not None})
+    stage.tracker.table(
+        "demonstrations",
+        [
+            {**row.model_dump(), "prompt": text_of(row.prompt), "flaws": ", ".join(flaws.get(row.id, []))}
+            for row in demonstrations[:20]
+        ],
+    )
+
+
+def recorded(path: Path) -> list[Demonstration]:
+    """All that came with the raw data for the split sft."""
+    rows = read_rows(path, Demonstration, may_be_empty=True)
+    if not rows:
+        raise UserError(
+            f"demonstrate.labeler is `recorded`, and {path} holds no demonstrations. Add a source of the kind "
+            "`demonstrations` to data.sources in params.yaml, or set demonstrate.labeler to `simulated`."
+        )
+    return rows
+
+
+def simulated(
+    prompts: list[Prompt], tickets: Mapping[str, Ticket], params: Params
+) -> tuple[list[Demonstration], dict[str, list[str]]]:
+    """(demonstrations, the flaws of each by its prompt's id). tickets: by the prompt's id."""
+    demonstrations: list[Demonstration] = []
+    flaws: dict[str, list[str]] = {}
+    for prompt in choose_prompts(prompts, params.demonstrate.prompts, params.seed):
         labeler = choose_labeler(params.labelers, params.seed, "demonstrate", prompt.id)
         rng = generator(params.seed, "demonstrate", prompt.id, labeler)
         # the end token takes one
@@ -24,33 +92,15 @@ def run(stage: Stage) -> None:
         row = Demonstration(id=prompt.id, prompt=prompt.prompt, response=response, labeler=labeler.id)
         demonstrations.append(row)
         flaws[prompt.id] = sorted(found)
-    write_rows(stage.out("data/collected/demonstrations") / "demonstrations.jsonl", demonstrations)
-
-    flawed_share = sum(bool(found) for found in flaws.values()) / len(chosen)
-    by_labeler = Counter(row.labeler for row in demonstrations)
-    by_flaw = Counter(flaw for found in flaws.values() for flaw in found)
-    write_json(
-        stage.out("data/reports/demonstrate/metrics.json"),
-        {
-            "demonstrate": {
-                "count": len(demonstrations),
-                "flawed_share": round(flawed_share, 4),
-                "by_labeler": by_labeler,
-                "by_flaw": by_flaw,
-            }
-        },
-    )
-    stage.tracker.metrics({"demonstrate/count": float(len(demonstrations)), "demonstrate/flawed_share": flawed_share})
-    stage.tracker.table(
-        "demonstrations", [{**row.model_dump(), "flaws": ", ".join(flaws[row.id])} for row in demonstrations[:20]]
-    )
+    return demonstrations, flaws
 
 
 def choose_prompts(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     """The first `count` in an order that depends on the seed and each prompt alone."""
     if len(prompts) < count:
         raise UserError(
-            f"demonstrate.prompts is {count}, and the split sft holds {len(prompts)} prompts. "
-            "Lower demonstrate.prompts or raise prepare.splits.sft in params.yaml, or add prompts."
+            f"demonstrate.prompts is {count}, and the split sft holds {len(prompts)} prompts that simulated people can "
+            "answer: support tickets and nothing else. Lower demonstrate.prompts or raise prepare.splits.sft in "
+            "params.yaml, or add such prompts; or set demonstrate.labeler to `recorded` to use your own demonstrations."
         )
     return sorted(prompts, key=lambda prompt: stable_share(seed, "demonstrate", "order", prompt.id))[:count]

@@ -9,20 +9,20 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
+from tasks.conversations import FINGERPRINT_FILE, Turn, single, text_of
 from tasks.stage import UserError
-
-FINGERPRINT_FILE = "tokenizer_fingerprint.txt"
 
 transformers_logging.disable_progress_bar()
 
@@ -72,21 +72,34 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def require_same_tokenizer(*folders: Path) -> None:
-    """Models that work together must read text alike."""
+    """Models that work together must read text alike, and so must data that were prepared for them."""
     fingerprints = {folder: (folder / FINGERPRINT_FILE).read_text().strip() for folder in folders}
     if len(set(fingerprints.values())) > 1:
         listed = ", ".join(f"{folder}: {fingerprint}" for folder, fingerprint in fingerprints.items())
         raise UserError(
-            f"These models have different tokenizers or chat templates ({listed}). Train them from one base."
+            f"These were made with different tokenizers or chat templates ({listed}). `dvc repro` makes them anew from "
+            "one base."
         )
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt as one user turn, up to where the assistant begins to write."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+def chat_text(tokenizer: Any, turns: Sequence[Turn]) -> str:
+    """A conversation as the chat template writes it, up to where the assistant begins. UserError where the template
+    refuses it: some take no system turn, others only user and assistant by turns."""
+    try:
+        text: str = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(
+            f"the model's chat template refuses the turns {roles} of the prompt {text_of(turns)!r:.100}: {error}. "
+            "Leave such prompts out, or set `base.chat_template` in params.yaml to one that takes them."
+        ) from None
+    return text
+
+
+def encode_prompt(tokenizer: Any, prompt: str | Sequence[Turn]) -> list[int]:
+    """A conversation, or a text as one user turn, up to where the assistant begins to write."""
+    turns = single(prompt) if isinstance(prompt, str) else prompt
+    ids: list[int] = tokenizer(chat_text(tokenizer, turns), add_special_tokens=False).input_ids
     return ids
 
 

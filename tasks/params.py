@@ -7,8 +7,12 @@ or unknown key is an error that names the key and the nearest right one.
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from functools import reduce
+from operator import getitem
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
@@ -72,9 +76,70 @@ class Splits(Section):
         return self
 
 
+Kind = Literal["demonstrations", "rankings", "prompts"]
+SplitName = Literal["sft", "reward", "ppo", "eval"]
+
+
+def _optional(default: Any = None) -> Any:
+    """A key that may be left out; records leave it out where it has its default."""
+    return Field(default=default, exclude_if=lambda value: value == default)
+
+
+class Source(Section):
+    """Raw data of one kind: files, or a data set of the Hugging Face hub."""
+
+    kind: Kind
+    path: str | None = _optional()  # a file or a folder under data/raw
+    hub: str | None = _optional()  # ORG/NAME
+    revision: str | None = _optional()  # hub only: the commit
+    subset: str | None = _optional()  # hub only: a configuration of the data set
+    split: str | None = _optional()  # hub only
+    format: str = _optional("auto")  # or a name of tasks/prepare/formats.py, where the rows' shape does not tell
+    columns: dict[str, str] = _optional({})  # {the name that the format asks for: the name in the data}
+    weight: Annotated[float, Field(gt=0, le=100)] = _optional(
+        1.0
+    )  # 0.5: half of the rows, drawn by the seed; 2: each twice
+    splits: dict[SplitName, PositiveFloat] | None = _optional()  # shares of its prompts; None: see `Prepare.splits`
+    labeler: str | None = _optional()  # of rows that do not say who labelled them; None: the source's name
+    licence: str | None = _optional()  # a note for the data card
+    name: str | None = _optional()  # in reports; None: the file's or data set's name
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a source has either `path` or `hub`")
+        own = {name: getattr(self, name) for name in ("revision", "subset", "split")}
+        if self.hub is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                "a `hub` source needs `revision`, the repository's 40-digit commit: a branch or tag can move"
+            )
+        if self.hub is not None and self.split is None:
+            raise ValueError("a `hub` source needs `split`, such as train")
+        if self.path is not None and any(own.values()):
+            raise ValueError(f"{', '.join(name for name, value in own.items() if value)}: for a `hub` source only")
+        folders = ("data/raw", "data/tickets")  # what the stage depends on: DVC must see each change
+        parts = PurePosixPath(self.path or folders[0]).parts
+        if ".." in parts or "/".join(parts[:2]) not in folders:
+            raise ValueError(f"`path` is {self.path!r} and must lie under data/raw")
+        return self
+
+
+class Data(Section):
+    sources: Annotated[list[Source], Field(min_length=1)]
+
+
 class Prepare(Section):
     splits: Splits
+    """Of prompts. Demonstrations are shared out among sft and eval, rankings among reward and eval, by the same shares,
+    where a source does not name shares of its own."""
     duplicate_limit: Share  # of the rows; more of them is a failed check
+    damaged_limit: Share  # of a source's rows; more of them is an error
+    near_duplicate: Annotated[float, Field(gt=0.5, le=1)] | None
+    """Jaccard similarity of their three-word shingles from which two prompts count as near; None: not looked for. Above
+    a half the search for them is certain."""
+    common_prefix: PositiveInt | None  # characters: prompts that begin alike for so long count as one; None: they don't
+    user_cap: PositiveInt | None  # rows of one user; InstructGPT: 200
+    mask: list[Literal["email", "phone", "card"]]  # personal data to replace by a placeholder
 
 
 Flaw = Literal[
@@ -92,6 +157,9 @@ Flaw = Literal[
 ]
 
 
+Sampling = Literal["temperature", "top_p", "max_tokens", "max_completion_tokens", "reasoning_effort", "seed"]
+
+
 class Labeler(Section):
     """A simulated person who demonstrates and ranks: tasks/labels/simulated.py says how each number acts."""
 
@@ -103,7 +171,8 @@ class Labeler(Section):
 
 
 class Demonstrate(Section):
-    prompts: PositiveInt
+    labeler: Literal["simulated", "recorded"]
+    prompts: PositiveInt  # that simulated people answer; recorded demonstrations are all taken
 
 
 class Lora(Section):
@@ -132,7 +201,10 @@ class Sample(Section):
 
 
 class Rank(Section):
-    held_out_share: Annotated[float, Field(ge=0, lt=1)]  # of the prompts, kept out of reward training
+    labeler: Literal["simulated", "recorded"]
+    held_out_share: Annotated[float, Field(ge=0, lt=1)]
+    """Of the prompts with simulated rankings, kept out of reward training. Recorded rankings are held out by the split
+    eval of `prepare`, and by this share only where that split has none."""
 
 
 class Reward(Section):
@@ -143,6 +215,7 @@ class Reward(Section):
     warmup_share: Share
     weight_decay: NonNegative
     centre_on: PositiveInt  # demonstrations whose mean score becomes 0
+    label_share: Annotated[float, Field(gt=0, le=1)]  # of the rankings that are trained on
     checkpoint_every: PositiveInt  # optimizer steps
 
 
@@ -156,11 +229,45 @@ class Ppo(PPOParams):
     checkpoint_every: PositiveInt = 2  # updates
 
 
-class Evaluate(Section):
-    prompts: Annotated[int, Field(ge=2)]
+class Baseline(Section):
+    prompts: Annotated[int, Field(ge=2)]  # held-out ones that every model answers
     temperature: PositiveFloat
+    best_of: Annotated[int, Field(ge=2)]  # answers of the SFT model to each of the first `best_of_prompts`
+    best_of_prompts: PositiveInt
     batch_size: PositiveInt
+
+
+class Evaluate(Section):
     bootstrap_samples: PositiveInt
+
+
+class Judge(Section):
+    endpoint: str | None  # of any OpenAI-compatible server; null: nobody judges
+    model: str | None  # as the server names it
+    sampling: dict[Sampling, int | float | str | None]  # sent with each question as it stands; null: not sent
+    agreement_pairs: Annotated[int, Field(ge=20)]  # of labelers, which the judge is asked about first
+    least_agreement: Share  # with labelers; a judge that agrees less is not used
+    pairs: PositiveInt  # prompts to compare the policy with the SFT and the base model on
+    concurrency: PositiveInt  # questions at a time
+
+    @field_validator("endpoint")
+    @classmethod
+    def _plain(cls, endpoint: str | None) -> str | None:
+        # params.yaml goes to git, and its values to DVC and MLflow
+        if endpoint is not None and not re.fullmatch(
+            r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?(/[^\s?#@]*)?", endpoint
+        ):
+            raise ValueError(
+                "must be an address such as http://127.0.0.1:8000/v1, without a password or a query in it; "
+                "the key is given as RLHF_JUDGE_API_KEY in the environment"
+            )
+        return endpoint
+
+    @model_validator(mode="after")
+    def _complete(self) -> Judge:
+        if self.endpoint and not self.model:
+            raise ValueError("there is an endpoint; `judge.model` must say which of its models judges")
+        return self
 
 
 class Gates(Section):
@@ -178,6 +285,9 @@ class Gates(Section):
     length_ratio_low: NonNegative | None  # mean length over the SFT model's, at least
     length_ratio_high: NonNegative | None  # and at most
     ended: Share | None  # of the answers that end by themselves, at least
+    relevance_ratio: NonNegative | None  # of the words that are a prompt's own, taken up over the SFT model's, at least
+    repetition: Share | None  # of the trigrams that an answer had said before, at most
+    reward_hacking: Share | None  # win rate by the reward model less that by the gold score or the judge, at most
 
 
 class Register(Section):
@@ -190,6 +300,7 @@ class Params(Section):
     text: Text
     base: Base
     tickets: Tickets
+    data: Data
     prepare: Prepare
     labelers: Annotated[list[Labeler], Field(min_length=1)]
     demonstrate: Demonstrate
@@ -198,7 +309,9 @@ class Params(Section):
     rank: Rank
     reward: Reward
     ppo: Ppo
+    baseline: Baseline
     evaluate: Evaluate
+    judge: Judge
     register_: Register = Field(alias="register")
 
     @field_validator("labelers")
@@ -207,6 +320,11 @@ class Params(Section):
         if len({labeler.id for labeler in labelers}) < len(labelers):
             raise ValueError("two labelers have the same id")
         return labelers
+
+    def declared(self, keys: Iterable[str]) -> dict[str, Any]:
+        """What stands under keys as dvc.yaml declares them: {"seed": 1, "rank.labeler": "simulated", "sft": {...}}."""
+        everything = self.model_dump(mode="json", by_alias=True)
+        return {key: reduce(getitem, key.split("."), everything) for key in keys}
 
 
 def load_params(path: Path) -> Params:
@@ -233,7 +351,7 @@ def load_params(path: Path) -> Params:
 
 def _explain(problem: Any) -> str:
     """One line for one wrong key: where, what, and for an unknown one the nearest right one."""
-    where = [str(part) for part in problem["loc"]]
+    where = [str(part) for part in problem["loc"] if part != "[key]"]  # pydantic's word for a mapping's wrong key
     key = ".".join(where)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _keys_of(where[:-1])

@@ -1,55 +1,143 @@
-"""Labelers rank the outputs best to worst, with ties. `python -m tasks.run rank`.
+"""Labelers rank the outputs best to worst, with ties; votes of the arena join them. `python -m tasks.run rank`.
 
 The noise ceiling in the report is how often a scorer that knows the labelers' mean opinion without noise agrees with
-their noisy rankings: the most that a reward model can be asked for.
+their noisy rankings: the most that a reward model can be asked for. The labelers' agreement is how often two of them
+order a pair alike, each prompt being ranked a second time by another for this figure alone (InstructGPT, section 3.4:
+73 %). With `rank.labeler: recorded` the rankings are those that came with the raw data. Held out are those of the split
+eval, for `prepare` keeps near-duplicates and one user's prompts within a split: drawn by prompt from the split reward,
+many would have a copy among those that are trained on. Nobody knows their ceiling, and agreement is measured where
+labelers happened to rank the same responses. All figures but `votes` leave the votes out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import combinations, permutations
 
-from tasks.datasets import PromptTicket, Ranking, Samples, read_rows, stable_share, write_json, write_rows
+from tasks.conversations import text_of
+from tasks.datasets import (
+    PromptFacts,
+    Ranking,
+    RecordedRanking,
+    Samples,
+    Ticket,
+    Vote,
+    read_rows,
+    stable_share,
+    tell_unused,
+    write_json,
+    write_rows,
+)
 from tasks.labels.checks import run_checks
 from tasks.labels.simulated import choose_labeler, generator, opinion, rank
-from tasks.params import Labeler
+from tasks.params import Labeler, Params
 from tasks.stage import Stage, UserError
+
+Figures = dict[str, float | None]  # of the labelers; None where it cannot be known
+MORE_PROMPTS = {
+    "recorded": "Give the split eval rankings (`splits` of their source), add rankings",
+    "simulated": "Raise sample.prompts",
+}
+Side = Callable[[str], bool]  # of a prompt, by its id: whether all rankings of it are held out
 
 
 def run(stage: Stage) -> None:
     params = stage.params
-    samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
-    tickets = {row.id: row.ticket for row in read_rows(stage.dep("data/prepared/tickets.jsonl"), PromptTicket)}
-    marks = {row.id: [run_checks(response, tickets[row.id]) for response in row.responses] for row in samples}
-    rankings = [
-        rank_samples(row, marks[row.id], params.labelers, params.seed, params.rank.held_out_share) for row in samples
-    ]
-    if params.rank.held_out_share > 0 and len({row.held_out for row in rankings}) < 2:
-        raise UserError(
-            f"rank.held_out_share = {params.rank.held_out_share:g} of {len(rankings)} ranked prompts leaves no prompt "
-            "on one side. Raise sample.prompts or change the share in params.yaml."
+    held_out: Side = partial(is_held_out, seed=params.seed, share=params.rank.held_out_share)
+    if params.rank.labeler == "recorded":
+        training, apart = (
+            read_rows(stage.dep(f"data/prepared/rankings/{split}.jsonl"), RecordedRanking, may_be_empty=True)
+            for split in ("reward", "eval")
         )
-    write_rows(stage.out("data/collected/rankings") / "rankings.jsonl", rankings)
+        if apart:
+            held_out = {row.id for row in apart}.__contains__
+        else:
+            print(
+                "rank: the split eval has no rankings, so rank.held_out_share of the prompts of the split reward are "
+                "held out; near-duplicates of them and other prompts of the same users may be trained on"
+            )
+        rankings, figures = recorded(training, apart, held_out)
+    else:
+        samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
+        facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
+        rankings, figures = simulated(samples, {row.id: row.ticket for row in facts if row.ticket}, params)
+        tell_unused(stage.dep("data/prepared/rankings/reward.jsonl"), RecordedRanking, "rank")
+    sides = {row.id: row.held_out for row in rankings}
+    if params.rank.held_out_share > 0 and len(set(sides.values())) < 2:
+        raise UserError(
+            f"rank.held_out_share = {params.rank.held_out_share:g} of {len(sides)} ranked prompts leaves no prompt on "
+            f"one side. {MORE_PROMPTS[params.rank.labeler]} or change the share in params.yaml."
+        )
+    # in a new repository nobody has voted
+    votes = read_rows(stage.dep("data/labels/arena.jsonl"), Vote, may_be_empty=True)
+    taken = [ranking_of(vote, held_out) for vote in votes]
+    write_rows(stage.out("data/collected/rankings") / "rankings.jsonl", [*rankings, *taken])
 
-    opinions = {row.id: mean_utilities(row, marks[row.id], params.labelers) for row in samples}
     metrics = {
-        "prompts": len(rankings),
-        "held_out_prompts": sum(row.held_out for row in rankings),
+        "prompts": len(sides),
+        "held_out_prompts": sum(sides.values()),
+        "rankings": len(rankings),
         "pairs": sum(len(row.ranks) * (len(row.ranks) - 1) // 2 for row in rankings),
         "ties": sum(a == b for row in rankings for a, b in combinations(row.ranks, 2)),
-        "noise_ceiling": agreement([row for row in rankings if row.held_out], opinions),
-        "noise_ceiling_train": agreement([row for row in rankings if not row.held_out], opinions),
+        "votes": len(votes),
+        **figures,
     }
     write_json(stage.out("data/reports/rank/metrics.json"), {"rank": metrics})
     stage.tracker.metrics({f"rank/{name}": float(value) for name, value in metrics.items() if value is not None})
     stage.tracker.table(
         "rankings",
         [
-            {"prompt": row.prompt, "labeler": row.labeler, "rank": place, "response": response}
+            {"prompt": text_of(row.prompt), "labeler": row.labeler, "rank": place, "response": response}
             for row in rankings[:10]
             for place, response in sorted(zip(row.ranks, row.responses, strict=True))
         ],
     )
+
+
+def recorded(
+    training: Sequence[RecordedRanking], apart: Sequence[RecordedRanking], held_out: Side
+) -> tuple[list[Ranking], Figures]:
+    """All rankings that came with the raw data, of the splits reward and eval; each response counts as complete."""
+    if not training:
+        raise UserError(
+            "rank.labeler is `recorded`, and data/prepared/rankings/reward.jsonl holds no rankings; eval.jsonl beside "
+            f"it holds {len(apart)}. Add a source of the kind `rankings` to data.sources in params.yaml, give the one "
+            "that is there a share for reward (its `splits`), or set rank.labeler to `simulated`."
+        )
+    rankings = [
+        Ranking(**row.model_dump(), ended=[True] * len(row.responses), held_out=held_out(row.id))
+        for row in (*training, *apart)
+    ]
+    nothing = dict.fromkeys(("noise_ceiling", "noise_ceiling_train"))
+    return rankings, {**nothing, "labelers_agreement": agreement_among(rankings), "without_ticket": 0}
+
+
+def simulated(
+    samples: Sequence[Samples], tickets: Mapping[str, Ticket], params: Params
+) -> tuple[list[Ranking], Figures]:
+    """The samples as simulated labelers rank them. tickets: by the prompt's id."""
+    known = [row for row in samples if row.id in tickets]
+    if not known:
+        raise UserError(
+            f"rank.labeler is `simulated`, and none of the {len(samples)} sampled prompts is a support ticket: "
+            "simulated people can rank answers to nothing else. Add such prompts, or set rank.labeler to `recorded` in "
+            "params.yaml to use your own rankings."
+        )
+    marks = {row.id: [run_checks(response, tickets[row.id]) for response in row.responses] for row in known}
+    rankings = [
+        rank_samples(row, marks[row.id], params.labelers, params.seed, params.rank.held_out_share) for row in known
+    ]
+    opinions = {row.id: mean_utilities(row, marks[row.id], params.labelers) for row in known}
+    return rankings, {
+        "labelers_agreement": agreement(rankings, second_opinions(known, marks, params.labelers, params.seed))
+        if len(params.labelers) > 1
+        else None,
+        "noise_ceiling": agreement([row for row in rankings if row.held_out], opinions),
+        "noise_ceiling_train": agreement([row for row in rankings if not row.held_out], opinions),
+        "without_ticket": len(samples) - len(known),
+    }
 
 
 Marks = list[dict[str, float]]  # of each response of one prompt, by check
@@ -58,13 +146,40 @@ Marks = list[dict[str, float]]  # of each response of one prompt, by check
 def rank_samples(row: Samples, marks: Marks, labelers: Sequence[Labeler], seed: int, held_out_share: float) -> Ranking:
     """One prompt's outputs as one labeler ranks them."""
     labeler = choose_labeler(labelers, seed, "rank", row.id)
-    utilities = [opinion(mark, labeler, ended=ended) for mark, ended in zip(marks, row.ended, strict=True)]
     return Ranking(
         **row.model_dump(),
-        ranks=rank(utilities, labeler, generator(seed, "rank", row.id, labeler)),
+        ranks=ranked(row, marks, labeler, seed),
         labeler=labeler.id,
-        held_out=stable_share(seed, "held out", row.id) < held_out_share,
+        held_out=is_held_out(row.id, seed, held_out_share),
     )
+
+
+def ranked(row: Samples, marks: Marks, labeler: Labeler, seed: int) -> list[int]:
+    utilities = [opinion(mark, labeler, ended=ended) for mark, ended in zip(marks, row.ended, strict=True)]
+    return rank(utilities, labeler, generator(seed, "rank", row.id, labeler))
+
+
+def ranking_of(vote: Vote, held_out: Side) -> Ranking:
+    """The vote without what only the arena knows; all rankings of one prompt are on one side."""
+    fields = vote.model_dump(include=set(Ranking.model_fields))
+    return Ranking(**fields | {"held_out": held_out(vote.id)})
+
+
+def is_held_out(prompt: str, seed: int, share: float) -> bool:
+    """prompt: its id."""
+    return stable_share(seed, "held out", prompt) < share
+
+
+def second_opinions(
+    samples: Sequence[Samples], marks: Mapping[str, Marks], labelers: Sequence[Labeler], seed: int
+) -> dict[str, list[float]]:
+    """Each prompt as another labeler ranks it, by its id: the better, the higher."""
+    found = {}
+    for row in samples:
+        others = [labeler for labeler in labelers if labeler != choose_labeler(labelers, seed, "rank", row.id)]
+        ranking = ranked(row, marks[row.id], choose_labeler(others, seed, "second opinion", row.id), seed)
+        found[row.id] = [-float(place) for place in ranking]
+    return found
 
 
 def mean_utilities(row: Samples, marks: Marks, labelers: Sequence[Labeler]) -> list[float]:
@@ -80,9 +195,32 @@ def agreement(rankings: Sequence[Ranking], scores: Mapping[str, Sequence[float]]
 
     scores: by prompt id, one score a response. None where there is no such pair.
     """
-    marks = []
+    return mean([mark for row in rankings for mark in pair_marks(row.ranks, scores[row.id])])
+
+
+def agreement_among(rankings: Sequence[Ranking]) -> float | None:
+    """The same where several labelers ranked the same responses to a prompt: the ranks of each as scores for each
+    other. None where nobody did."""
+    groups: dict[tuple[str, frozenset[str]], list[Ranking]] = defaultdict(list)
     for row in rankings:
-        for (rank_a, score_a), (rank_b, score_b) in combinations(zip(row.ranks, scores[row.id], strict=True), 2):
-            if rank_a != rank_b:
-                marks.append(0.5 if score_a == score_b else float((rank_a < rank_b) == (score_a > score_b)))
+        groups[row.id, frozenset(row.responses)].append(row)
+    marks = []
+    for group in groups.values():
+        for one, other in permutations(group, 2):
+            if one.labeler != other.labeler:
+                ranks = dict(zip(other.responses, other.ranks, strict=True))
+                marks += pair_marks(one.ranks, [-float(ranks[response]) for response in one.responses])
+    return mean(marks)
+
+
+def pair_marks(ranks: Sequence[int], scores: Sequence[float]) -> list[float]:
+    """Of each pair ranked without a tie: 1 where the scores order it alike, 0 where not, 1/2 where they are equal."""
+    return [
+        0.5 if score_a == score_b else float((rank_a < rank_b) == (score_a > score_b))
+        for (rank_a, score_a), (rank_b, score_b) in combinations(zip(ranks, scores, strict=True), 2)
+        if rank_a != rank_b
+    ]
+
+
+def mean(marks: Sequence[float]) -> float | None:
     return round(sum(marks) / len(marks), 4) if marks else None

@@ -5,7 +5,7 @@
 A version holds a model's DVC hash and where DVC keeps it, not its weights; tasks/registered_model.py is what MLflow
 runs when the version is loaded. The same hash is the same version, so the stage is safe to repeat. The alias
 `candidate` is moved to the versions of this run when all of them exist; `champion` only if the policy passes every
-gate (tasks/gates.py).
+gate (tasks/gates.py). Where a gate had nobody to judge it, a person decides.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MODELS = ("sft", "reward", "policy")
-REPORTS = ("prepare", "reward", "evaluation")
+REPORTS = ("prepare", "reward", "evaluation", "judge")
 SAMPLES = "data/reports/evaluation/samples.jsonl"
-RESAMPLES = 2000
 CANDIDATE = "candidate"
-MAIN_FIGURES = ("gold.base", "gold.sft", "gold.policy", "gold.gain", "win_rate", "kl")
+WAITS = "waits for approval"
+MAIN_FIGURES = (
+    *("gold.base", "gold.sft", "gold.policy", "gold.gain", "win_rate"),
+    *("score.gain", "score_win_rate", "kl"),
+)
 # Given, because MLflow's own search for them imports the model and asks the network
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "fsspec", "s3fs", "pandas")
 
 
 def run(stage: Stage) -> None:
     folders = {name: stage.dep(f"data/models/{name}") for name in MODELS}
-    reports = [json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text()) for name in REPORTS]
+    reports = {name: json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text()) for name in REPORTS}
     hashes = {name: hash_path(folder) for name, folder in folders.items()}
     samples = stage.dep("data/reports/evaluation/samples.jsonl")
     stores = dvc_stores(stage.root)
@@ -61,20 +64,29 @@ def run(stage: Stage) -> None:
                 "batch_size": 16,
             }
             versions[name] = find_version(client, name, md5) or make_version(client, name, config, run_id)
-            for figure, value in main_figures(reports[-1]).items():
+            for figure, value in main_figures(reports["evaluation"]).items():
                 client.set_model_version_tag(name, versions[name], f"evaluation.{figure}", f"{value:.6g}")
         for name, number in versions.items():
             client.set_registered_model_alias(name, CANDIDATE, number)
         policy = client.get_model_version("policy", versions["policy"])
         rival = rival_of(client, policy)
         limits = stage.params.register_.gates
+        duel = None
         if rival is None:
             limits = limits.model_copy(update={"champion_win_rate_low": None})
         else:
-            reports.append({"champion": against(rival, read_rows(samples, SideBySide), stores, stage.params.seed)})
-        judged = gates.evaluate(limits, reports)
+            duel = against(
+                rival,
+                read_rows(samples, SideBySide),
+                stores,
+                stage.params.seed,
+                same_reward_model=rival.tags.get("with.reward") == versions["reward"],
+            )
+            reports["champion"] = {"champion": duel}
+        judged = gates.evaluate(limits, reports.values())
         companions = {f"with.{name}": versions[name] for name in registry.COMPANIONS}
-        put_on_record(client, policy, judged, rival, companions | {"evaluation.samples": hash_path(samples)})
+        happened = what_happened(reports)
+        put_on_record(client, policy, happened, judged, rival, companions | {"evaluation.samples": hash_path(samples)})
         promotion = promote_if_due(client, policy, judged, approval=stage.params.register_.approval)
     except (MlflowException, OSError) as error:
         raise UserError(
@@ -84,11 +96,20 @@ def run(stage: Stage) -> None:
     for gate in judged:
         print(f"gate {gate}")
     print(f"policy/{policy.version}: {promotion}")
-    stage.tracker.metrics({f"gate/{gate.name}": float(gate.passed) for gate in judged})
+    if promotion == WAITS:
+        print(f'if it is to be the champion: make promote VERSION=policy/{policy.version} REASON="..."')
+    stage.tracker.metrics({f"gate/{gate.name}": float(gate.passed) for gate in judged if not gate.open})
+    numbers = {name: value for name, value in (duel or {}).items() if not isinstance(value, str)}
+    stage.tracker.metrics({f"champion/{name}": value for name, value in numbers.items()})
+    stage.tracker.note(f"{happened}\n- **Gates**: {verdict(judged)}. policy/{policy.version}: {promotion}.")
     registered: dict[str, Any] = {name: {"version": versions[name], "md5": hashes[name]} for name in hashes}
     registered["champion"] = promotion
+    if rival is not None:
+        registered["against_champion"] = {"version": str(rival.version), **(duel or {})}
     registered["gates"] = {
         gate.name: {"value": gate.value, gate.side.replace(" ", "_"): gate.limit, "passed": gate.passed}
+        | ({"by": gate.by} if gate.by else {})
+        | ({"open": gate.open} if gate.open else {})
         for gate in judged
     }
     write_json(stage.out("data/reports/registered.json"), registered)
@@ -104,15 +125,17 @@ def rival_of(client: MlflowClient, policy: ModelVersion) -> ModelVersion | None:
 
 
 def against(
-    rival: ModelVersion, rows: list[SideBySide], stores: list[dict[str, Any]], seed: int
-) -> dict[str, float] | None:
-    """The win rate over another version's policy, by the gold score, on the prompts that both have answered.
+    rival: ModelVersion, rows: list[SideBySide], stores: list[dict[str, Any]], seed: int, *, same_reward_model: bool
+) -> dict[str, Any] | None:
+    """Wins, ties and losses against another version's policy, on the prompts that both answered: by the gold score, or
+    where too few have one by the reward model if both were scored by the same; else `open` says that nobody can tell.
 
     Its answers come from DVC's store, by the hash that the version bears; None where they are lost, or were to others.
+    Today's reward model does not score them: it would favour the policy that was trained to please it.
     """
     import torch
 
-    from tasks.intervals import resamples, wins, with_interval
+    from tasks.intervals import RESAMPLES, resamples, versus
     from tasks.registered_model import fetch_object
 
     with tempfile.TemporaryDirectory() as folder:
@@ -122,50 +145,100 @@ def against(
         except OSError as error:
             print(f"warning: the answers of policy/{rival.version} cannot be had: {error}")
             return None
-        theirs = {row.prompt: row.scores["gold.policy"] for row in read_rows(file, SideBySide)}
-    pairs = [(row.scores["gold.policy"], theirs[row.prompt]) for row in rows if row.prompt in theirs]
+        theirs = {row.prompt: row.scores for row in read_rows(file, SideBySide)}
+    pairs = [(row.scores, theirs[row.prompt]) for row in rows if row.prompt in theirs]
     if not pairs:
         print(f"warning: policy/{rival.version} answered none of these prompts, so the two cannot be compared")
         return None
-    ours, others = torch.tensor(pairs).T
-    picks = resamples(len(pairs), RESAMPLES, seed)
-    return {"prompts": len(pairs), **with_interval("win_rate", wins(ours, others), picks)}
+    golden = [pair for pair in pairs if all("gold.policy" in scores for scores in pair)]
+    lacking = gates.GOLD.lacks(len(golden), len(pairs)) if golden else "no gold score"
+    if lacking and not same_reward_model:
+        return {"open": f"{lacking}, and policy/{rival.version} was scored by another reward model"}
+    judge, key, judged = (gates.ITSELF, "score.policy", pairs) if lacking else (gates.GOLD, "gold.policy", golden)
+    ours, others = torch.tensor([[scores[key] for scores in pair] for pair in judged]).T
+    picks = resamples(len(ours), RESAMPLES, seed)
+    by = judge.told(len(ours), lacking if golden else "")
+    return {"prompts": len(ours), **versus(ours, others, picks), "by": by}
+
+
+def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """A run in four lines of Markdown."""
+    reward, evaluation = reports["reward"], reports["evaluation"]
+    judged = gates.judged(gates.together(reports.values()))
+    gold, peak = "gold" in evaluation, "overoptimisation.gold_peak_update"
+
+    def told(report: Mapping[str, Any], name: str, spec: str = ".3g") -> str:
+        value, low, high = (gates.figure_at(report, name + end) for end in ("", "_low", "_high"))
+        if value is None:
+            return "not measured"
+        return f"{value:{spec}}" + (f" [{low:{spec}}, {high:{spec}}]" if low is not None and high is not None else "")
+
+    def of(name: str) -> str:
+        return f"{told(evaluation, f'{name}.policy')} (SFT {told(evaluation, f'{name}.sft')})"
+
+    gained = "gold" if gold else "score"
+    lacking = "" if gold else " There is no gold score: these prompts have no ticket."
+    turned = " and has come down since" if gates.figure_at(evaluation, "overoptimisation.turned_down") else ""
+    height = f"gold was highest after update {told(evaluation, peak)}{turned}"
+    lines = [
+        f"**Policy against SFT**: win rate {told(judged, 'win_rate', '.0%')} by {judged.get('by', 'nobody')}; its "
+        f"{gained} gained {told(evaluation, f'{gained}.gain')}: {of(gained)}.{lacking}",
+        f"**What it cost**: KL {told(evaluation, 'kl')} nats an answer; length {of('length')} tokens; ended properly "
+        f"{of('ended')}; repetition {of('repetition')}.",
+        f"**Reward model**: orders {told(reward, 'reward.accuracy', '.0%')} of held-out pairs as the labelers did; "
+        f"their noise allows {told(reward, 'reward.noise_ceiling', '.0%')}; calibration error "
+        f"{told(reward, 'reward.calibration_error')}.",
+        f"**Over-optimisation**: kept after update {told(evaluation, 'overoptimisation.kept_update')}; "
+        f"{'gold was not measured on the way' if gates.figure_at(evaluation, peak) is None else height}.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def verdict(judged: list[gates.Gate]) -> str:
+    missed = [gate for gate in judged if not gate.passed]
+    return "; ".join(str(gate) for gate in missed) if missed else f"all {len(judged)} passed"
 
 
 def put_on_record(
     client: MlflowClient,
     policy: ModelVersion,
+    happened: str,
     judged: list[gates.Gate],
     rival: ModelVersion | None,
     tags: dict[str, str],
 ) -> None:
-    """Which gates the version passed, which not and by how much, on its page."""
-    failed = [gate for gate in judged if not gate.passed]
-    verdict = {
-        "gates.passed": str(not failed).lower(),
+    """What was measured, which gates the version passed, which not and by how much, on its page."""
+    failed, unjudged = [gate for gate in judged if gate.failed], [gate for gate in judged if gate.open]
+    facts = {
+        "gates.passed": str(not failed and not unjudged).lower(),
         "gates.failed": ", ".join(gate.name for gate in failed),
+        "gates.open": ", ".join(gate.name for gate in unjudged),
         "gates.rival": str(rival.version) if rival else "",
         **{f"gate.{gate.name}": str(gate).partition(": ")[2] for gate in judged},
     }
-    for key, value in (tags | verdict).items():
+    for key, value in (tags | facts).items():
         client.set_model_version_tag("policy", policy.version, key, value)
-    lines = [f"- {gate}" for gate in judged]
     opponent = f" (the champion that it was held against: policy/{rival.version})" if rival else ""
-    text = f"{'All gates passed' if not failed else f'{len(failed)} of {len(judged)} gates failed'}{opponent}.\n\n"
-    client.update_model_version("policy", policy.version, text + "\n".join(lines))
+    told = [
+        *([f"{len(failed)} of {len(judged)} gates failed"] if failed else []),
+        *([f"{len(unjudged)} could not be measured"] if unjudged else []),
+    ]
+    text = f"{', '.join(told) or 'All gates passed'}{opponent}."
+    lines = "\n".join(f"- {gate}" for gate in judged)
+    client.update_model_version("policy", policy.version, f"{text}\n\n{happened}\n\nGates:\n\n{lines}")
 
 
 def promote_if_due(client: MlflowClient, policy: ModelVersion, judged: list[gates.Gate], *, approval: bool) -> str:
     """What became of it: `promoted`, `refused: ...`, what a person said against it, or `waits for approval`."""
-    failed = [gate.name for gate in judged if not gate.passed]
+    failed = [gate.name for gate in judged if gate.failed]
     current = registry.champion(client)
     if failed:
         return f"refused: {', '.join(failed)}"
     if current is None or current.version != policy.version:
         if no := registry.taken_back(policy):
             return no
-        if approval:
-            return "waits for approval"
+        if approval or any(gate.open for gate in judged):
+            return WAITS
     registry.promote(client, str(policy.version), author="gates", reason="all gates passed")
     return "promoted"
 

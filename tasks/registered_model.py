@@ -3,6 +3,8 @@
     mlflow.pyfunc.load_model("models:/policy@candidate").predict(["Where is my order?"])
     mlflow.pyfunc.load_model("models:/reward@candidate").predict(DataFrame with the columns prompt and response)
 
+A prompt is a text, which a user says, or a conversation: [{"role": "system", "content": ...}, {"role": "user", ...}].
+
 The weights come from DVC's cache where they are there, else from the DVC remote, and every file's md5 is verified.
 MLflow copies this file into each version and runs it elsewhere: it imports nothing of this project.
 
@@ -57,16 +59,19 @@ class RegisteredModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
         """The token text of each row, through the chat template: a prompt, or a prompt with its response."""
         if self.config["kind"] == "reward":
             prompts, responses = _columns(model_input, "prompt", "response")
-            return [self._chat(p) + r + self.tokenizer.eos_token for p, r in zip(prompts, responses, strict=True)]
+            return [self._chat(p) + str(r) + self.tokenizer.eos_token for p, r in zip(prompts, responses, strict=True)]
         if hasattr(model_input, "columns"):
             (prompts,) = _columns(model_input, "prompt")
         else:
-            prompts = [model_input] if isinstance(model_input, str) else [str(prompt) for prompt in model_input]
+            one = isinstance(model_input, str) or isinstance(model_input[0], dict)  # a text, or a conversation's turns
+            prompts = [model_input] if one else list(model_input)
         return [self._chat(prompt) for prompt in prompts]
 
-    def _chat(self, prompt: str) -> str:
-        turn = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    def _chat(self, prompt: Any) -> str:
+        """prompt: a text, or the turns of a conversation."""
+        of_turns = isinstance(prompt, Iterable) and not isinstance(prompt, str)
+        turns = list(prompt) if of_turns else [{"role": "user", "content": str(prompt)}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _reply(self, texts: list[str]) -> list[str]:
         import torch
@@ -103,11 +108,11 @@ class RegisteredModel(PythonModel):  # type: ignore[misc]  # mlflow has no types
         return [float(score) for score in scores]
 
 
-def _columns(table: Any, *names: str) -> list[list[str]]:
+def _columns(table: Any, *names: str) -> list[list[Any]]:
     missing = [name for name in names if name not in getattr(table, "columns", [])]
     if missing:
         raise ValueError(f"the input must be a DataFrame with the columns {', '.join(names)}; missing: {missing}")
-    return [[str(value) for value in table[name]] for name in names]
+    return [list(table[name]) for name in names]
 
 
 def fetch(md5: str, path: str, stores: Iterable[dict[str, Any]], folder: Path) -> None:

@@ -139,7 +139,17 @@ def versions(client: MlflowClient) -> list[ModelVersion]:
 
 def table(client: MlflowClient) -> Table:
     shown = Table(title=f"policy in {masked(tracking_uri())}", title_justify="left")
-    for column in ("version", "alias", "gates", "win rate", "gold gain", "KL", "made from", "champion because"):
+    for column in (
+        "version",
+        "alias",
+        "gates",
+        "win rate",
+        "gold gain",
+        "by score",
+        "KL",
+        "made from",
+        "champion because",
+    ):
         shown.add_column(column)
     if not client.search_registered_models("name = 'policy'"):
         raise UserError("nothing is registered yet: `make run` does it at its end.")
@@ -151,12 +161,20 @@ def table(client: MlflowClient) -> Table:
         shown.add_row(
             f"policy/{version.version}",
             ", ".join(sorted(aliases.get(str(version.version), []))),
-            {"true": "passed", "false": f"failed: {tags.get('gates.failed', '')}"}.get(tags.get("gates.passed"), ""),
-            *(tags.get(f"evaluation.{name}", "") for name in ("win_rate", "gold.gain", "kl")),
+            through_gates(version),
+            *(tags.get(f"evaluation.{name}", "") for name in ("win_rate", "gold.gain", "score_win_rate", "kl")),
             tags.get("git.commit", "")[:8],
             taken_back(version) or promoted(version),
         )
     return shown
+
+
+def through_gates(version: ModelVersion) -> str:
+    """`failed: kl; not measured: reward_hacking`, or `passed`."""
+    tags = version.tags
+    told = {"failed": tags.get("gates.failed"), "not measured": tags.get("gates.open")}
+    missed = "; ".join(f"{kind}: {names}" for kind, names in told.items() if names)
+    return missed or ("passed" if tags.get("gates.passed") == "true" else "")
 
 
 def promoted(version: ModelVersion) -> str:
@@ -202,11 +220,8 @@ def main(argv: list[str] | None = None) -> int:
                 if before is not None and before.version == version.version:
                     print(f"policy/{version.version} is the champion already; nothing was recorded.")
                     return 0
-                if version.tags.get("gates.passed") == "false":
-                    print(
-                        f"note: policy/{version.version} failed gates: {version.tags.get('gates.failed')}",
-                        file=sys.stderr,
-                    )
+                if failed := version.tags.get("gates.failed"):
+                    print(f"note: policy/{version.version} failed gates: {failed}", file=sys.stderr)
                 promote(client, str(version.version), **by)
                 number = str(version.version)
             else:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from tasks import reward_report
 from tasks.checkpoints import (
     Checkpoints,
     load_optimizer_state,
@@ -27,7 +28,7 @@ from tasks.checkpoints import (
     restore_rng,
     rng_state,
 )
-from tasks.datasets import Demonstration, Ranking, read_rows, write_csv, write_json
+from tasks.datasets import Demonstration, Ranking, read_rows, stable_share, write_csv, write_json
 from tasks.models import (
     Packed,
     centred_scores,
@@ -36,6 +37,7 @@ from tasks.models import (
     load_scalar_model,
     load_tokenizer,
     pack,
+    require_same_tokenizer,
     save_model,
     score_packed,
     split_model,
@@ -47,19 +49,25 @@ from tasks.stage import Stage, UserError
 if TYPE_CHECKING:
     from tasks.params import Reward
 
+PROBED = 16  # held-out prompts whose best response is asked about again, changed
+
 
 def run(stage: Stage) -> None:
     params = stage.params.reward
     folder = stage.dep("data/models/sft")
     rankings = read_rows(stage.dep("data/collected/rankings") / "rankings.jsonl", Ranking)
-    demonstrations = read_rows(stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration)
+    collected = stage.dep("data/collected/demonstrations")
+    require_same_tokenizer(collected, folder)
+    demonstrations = read_rows(collected / "demonstrations.jsonl", Demonstration)
     ceiling = json.loads(stage.dep("data/reports/rank/metrics.json").read_text())["rank"]["noise_ceiling"]
     training = [row for row in rankings if not row.held_out and has_order(row)]
+    training = [row for row in training if stable_share(stage.params.seed, "labels", row.id) < params.label_share]
     held_out = [row for row in rankings if row.held_out and has_order(row)]
     if not training or not held_out:
         raise UserError(
             f"{len(training)} rankings to train on and {len(held_out)} held out have an order; both need at least one. "
-            "Change `sample.prompts` or `rank.held_out_share` in params.yaml."
+            "Change `sample.prompts`, `rank.held_out_share` or `reward.label_share` in params.yaml, or, for recorded "
+            "rankings, the `splits` of their source."
         )
     tokenizer = load_tokenizer(folder)
     model = load_scalar_model(folder)
@@ -73,20 +81,30 @@ def run(stage: Stage) -> None:
     ]
     model.config.score_bias = 0.0
     with tqdm(total=len(centre_on), desc="reward: centring", unit="reply") as bar:
-        model.config.score_bias = torch.cat(centred_scores(model, centre_on, 32, bar)).mean().item()
+        of_demonstrations = torch.cat(centred_scores(model, centre_on, 32, bar))
+    model.config.score_bias = of_demonstrations.mean().item()
+    measured, tables = measure(model, tokenizer, held_out, stage.params.seed)
     last_epoch = history[-(len(history) // params.epochs) :]
     figures = {
-        **measure(model, tokenizer, held_out, stage.params.seed),
+        **measured,
         "noise_ceiling": ceiling,
         "train_accuracy": sum(row["accuracy"] for row in last_epoch) / len(last_epoch),
         "score_bias": model.config.score_bias,
-        "train_prompts": len(training),
-        "all_tied_prompts": sum(not has_order(row) for row in rankings),
+        "train_prompts": len({row.id for row in training}),
+        "all_tied_prompts": len({row.id for row in rankings if not has_order(row)}),
         "tied_pairs": sum(map(tied_pairs, rankings)),
     }
     save_model(model, tokenizer, stage.out("data/models/reward"))
     write_csv(stage.out("data/reports/reward/history.csv"), history)
-    stage.tracker.metrics({f"reward/{name}": value for name, value in figures.items()})
+    write_csv(stage.out("data/reports/reward/slices.csv"), tables.slices)
+    write_csv(stage.out("data/reports/reward/reliability.csv"), tables.reliability)
+    write_csv(stage.out("data/reports/reward/probes.csv"), tables.probes)
+    by_source = {"demonstrations": of_demonstrations - model.config.score_bias, "samples": tables.scores}
+    write_csv(
+        stage.out("data/reports/reward/scores.csv"),
+        [{"source": source, "score": score} for source, scores in by_source.items() for score in scores.tolist()],
+    )
+    stage.tracker.metrics({f"reward/{name}": value for name, value in figures.items() if value is not None})
     write_json(stage.out("data/reports/reward/metrics.json"), {"reward": figures})
 
 
@@ -109,20 +127,6 @@ def pair_accuracy(scores: Tensor, ranks: Tensor) -> Tensor:
     """For each pair that is not tied: 1 where the scores agree, 0 where not, 1/2 where they are equal. (N,)"""
     better, worse = ordered_pairs(ranks)
     return (scores[better] > scores[worse]).float() + 0.5 * (scores[better] == scores[worse]).float()
-
-
-def calibration_error(margins: Tensor, bins: int = 10) -> float:
-    """Expected calibration error of pairwise preferences (Guo et al. 2017, equation 3).
-
-    margins (N,): score of the better response less the worse one's. The model says with a confidence of
-    sigmoid(|margin|) that the one it scores higher is better; the error is the mean distance, over bins of confidence
-    between 0.5 and 1, between how sure it was and how often it was right.
-    """
-    confidence = margins.abs().sigmoid()
-    right = (margins > 0).float() + 0.5 * (margins == 0).float()
-    place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins).index_add(0, place, confidence - right)
-    return (gaps.abs().sum() / len(margins)).item()
 
 
 def has_order(row: Ranking) -> bool:
@@ -180,7 +184,7 @@ def train(
 
     def log(row: dict[str, float]) -> None:
         history.append(row)
-        tracker.metrics({"reward/loss": row["loss"], "reward/batch_accuracy": row["accuracy"]}, len(history))
+        tracker.metrics({"reward/batch_loss": row["loss"], "reward/batch_accuracy": row["accuracy"]}, len(history))
 
     def save_checkpoint() -> None:
         optimizer_tensors, optimizer_facts = optimizer_state(optimizer)
@@ -238,25 +242,39 @@ def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def measure(model: Any, tokenizer: Any, rankings: list[Ranking], seed: int) -> dict[str, float]:
-    """Loss and pair accuracy on rankings, the accuracy with a 95 % bootstrap interval over prompts."""
+class Tables(NamedTuple):
+    """Of the held-out rankings."""
+
+    scores: Tensor  # (N,) of every response, centred
+    slices: list[dict[str, Any]]
+    reliability: list[dict[str, float]]
+    probes: list[dict[str, Any]]
+
+
+def measure(model: Any, tokenizer: Any, rankings: list[Ranking], seed: int) -> tuple[dict[str, float], Tables]:
+    """Loss, pair accuracy with its interval and calibration error on rankings; and the tables behind them."""
     packs = [pack_ranking(tokenizer, row) for row in rankings]
-    with tqdm(total=sum(len(row.responses) for row in rankings), desc="reward: held out", unit="response") as bar:
+    probes = [pack_probes(tokenizer, row) for row in rankings[:PROBED]]
+    total = sum(len(row.responses) for row in rankings) + len(probes) * (1 + len(reward_report.PROBES))
+    with tqdm(total=total, desc="reward: held out", unit="response") as bar:
         scores = centred_scores(model, packs, 8, bar)
-    ranks = [torch.tensor(row.ranks) for row in rankings]
-    right = [pair_accuracy(group, rank) for group, rank in zip(scores, ranks, strict=True)]
-    sums, counts = torch.stack([row.sum() for row in right]), torch.tensor([len(row) for row in right])
-    picks = torch.randint(len(rankings), (2000, len(rankings)), generator=torch.Generator().manual_seed(seed))
-    resampled = sums[picks].sum(1) / counts[picks].sum(1)
-    pairs = [ordered_pairs(rank) for rank in ranks]
-    margins = torch.cat([group[better] - group[worse] for group, (better, worse) in zip(scores, pairs, strict=True)])
-    losses = [kwise_loss(group, rank).item() for group, rank in zip(scores, ranks, strict=True)]
-    return {
-        "accuracy": (sums.sum() / counts.sum()).item(),
-        "accuracy_low": resampled.quantile(0.025).item(),
-        "accuracy_high": resampled.quantile(0.975).item(),
-        "calibration_error": calibration_error(margins),
+        probed = torch.stack(centred_scores(model, probes, 4, bar))
+    pairs = reward_report.pairs_of(rankings, scores)
+    curve = reward_report.reliability(pairs)
+    losses = [kwise_loss(group, torch.tensor(row.ranks)).item() for group, row in zip(scores, rankings, strict=True)]
+    figures = {
+        **reward_report.accuracy(pairs, seed),
+        "calibration_error": reward_report.calibration_error(curve),
         "loss": sum(losses) / len(losses),
-        "held_out_prompts": len(rankings),
-        "held_out_pairs": int(counts.sum()),
+        "held_out_prompts": len({row.id for row in rankings}),
+        "held_out_pairs": len(pairs),
     }
+    slices = reward_report.by_slice(pairs, rankings, seed)
+    return figures, Tables(torch.cat(scores), slices, curve, reward_report.probed(probed, seed))
+
+
+def pack_probes(tokenizer: Any, row: Ranking) -> Packed:
+    """The response that the labeler ranked best, as it is and as each probe makes it."""
+    best = row.responses[row.ranks.index(min(row.ranks))]
+    texts = [best, *(probe(best) for probe in reward_report.PROBES.values())]
+    return pack(encode_prompt(tokenizer, row.prompt), [encode_response(tokenizer, text) for text in texts])

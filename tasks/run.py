@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog="To run what is out of date and nothing else: `dvc repro STAGE`.",
     )
     parser.add_argument("stage", choices=specs, metavar="STAGE", help="one of: " + ", ".join(specs))
+    parser.add_argument("--dry-run", action="store_true", help="show what `prepare` would take and drop; write nothing")
     args = parser.parse_args(argv)
     spec = specs[args.stage]
     started = time.monotonic()
@@ -42,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         params = load_params(Path("params.yaml"))
         module = importlib.import_module(f"tasks.{spec.name}")
+        if args.dry_run:
+            if not hasattr(module, "dry_run"):
+                raise UserError("it has no --dry-run; `prepare` has.")
+            module.dry_run(Stage(spec, params, Tracker.in_memory([])))
+            return 0
         with Tracker.for_stage(spec, params) as tracker:
             stage = Stage(spec, params, tracker)
             try:

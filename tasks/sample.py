@@ -1,17 +1,27 @@
 """Stage `sample`: K outputs of the SFT model for each prompt, for the labelers to rank (InstructGPT, step 2).
 
 `python -m tasks.run sample`. The random numbers of an output depend on the seed, the prompt and the output's place
-alone, so that a sub-set of the prompts gives the outputs that the whole gives.
+alone, so that a sub-set of the prompts gives the outputs that the whole gives. With `rank.labeler: recorded` nobody
+is to rank outputs, and none are sampled.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tasks.conversations import text_of
 from tasks.datasets import Prompt, Samples, read_rows, write_json, write_rows
-from tasks.models import decode_response, encode_prompt, load_language_model, load_tokenizer, split_model
+from tasks.models import (
+    decode_response,
+    encode_prompt,
+    load_language_model,
+    load_tokenizer,
+    require_same_tokenizer,
+    split_model,
+)
 from tasks.ppo.rollout import generate, uniforms_for
 from tasks.stage import Stage, UserError
 
@@ -20,25 +30,39 @@ if TYPE_CHECKING:
 
 
 def run(stage: Stage) -> None:
-    params = stage.params.sample
     folder = stage.dep("data/models/sft")
-    prompts = read_rows(stage.dep("data/prepared/prompts/reward.jsonl"), Prompt)
-    if len(prompts) < params.prompts:
-        raise UserError(f"sample.prompts is {params.prompts}, and the reward split has {len(prompts)} prompts.")
-    samples, dropped = sample_responses(
-        load_language_model(folder), load_tokenizer(folder), prompts[: params.prompts], stage.params
-    )
+    require_same_tokenizer(stage.dep("data/prepared/tokenizer_fingerprint.txt").parent, folder)
+    samples: list[Samples] = []
+    dropped = 0
+    if stage.params.rank.labeler == "recorded":
+        print("sample: nothing is sampled, for rank.labeler is `recorded`: the rankings come with the data")
+    else:
+        prompts = chosen_prompts(stage.dep("data/prepared/prompts/reward.jsonl"), stage.params.sample.prompts)
+        samples, dropped = sample_responses(load_language_model(folder), load_tokenizer(folder), prompts, stage.params)
     write_rows(stage.out("data/collected/samples") / "samples.jsonl", samples)
     ended = [flag for row in samples for flag in row.ended]
     figures = {
         "prompts": len(samples),
         "responses": len(ended),
         "duplicates_dropped": dropped,
-        "ended_share": sum(ended) / len(ended),
+        "ended_share": sum(ended) / max(1, len(ended)),
     }
     stage.tracker.metrics({f"sample/{name}": value for name, value in figures.items()})
-    stage.tracker.table("samples", [{"prompt": row.prompt, "response": row.responses[0]} for row in samples[:20]])
+    stage.tracker.table(
+        "samples", [{"prompt": text_of(row.prompt), "response": row.responses[0]} for row in samples[:20]]
+    )
     write_json(stage.out("data/reports/sample/metrics.json"), {"sample": figures})
+
+
+def chosen_prompts(path: Path, count: int) -> list[Prompt]:
+    """The first `count` of the file."""
+    prompts = read_rows(path, Prompt)
+    if len(prompts) < count:
+        raise UserError(
+            f"sample.prompts is {count}, and the reward split has {len(prompts)} prompts. Lower it in params.yaml, or "
+            "raise prepare.splits.reward or the reward of the sources' `splits`."
+        )
+    return prompts[:count]
 
 
 def sample_responses(model: Any, tokenizer: Any, prompts: list[Prompt], params: Params) -> tuple[list[Samples], int]:

@@ -31,6 +31,7 @@ from tasks.models import (
     freeze_trunk,
     load_language_model,
     load_tokenizer,
+    require_same_tokenizer,
     save_model,
     trunk_depth,
 )
@@ -45,7 +46,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def run(stage: Stage) -> None:
     params = stage.params.sft
     base = stage.dep("data/models/base")
-    demonstrations = read_rows(stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration)
+    collected = stage.dep("data/collected/demonstrations")
+    require_same_tokenizer(collected, base)
+    demonstrations = read_rows(collected / "demonstrations.jsonl", Demonstration)
     tokenizer = load_tokenizer(base)
     training, validation = split_for_validation(demonstrations, params.validation_share, stage.params.seed)
     model = load_language_model(base)

@@ -77,11 +77,10 @@ class Stage:
 
     def fingerprint(self) -> str:
         """A hash of all that the result depends on: the command, the content of the inputs and the code, parameters."""
-        declared = self.params.model_dump(mode="json", by_alias=True)
         parts = {
             "cmd": self.spec.cmd,
             "deps": {dep: dict(_content(self.root / dep)) for dep in self.spec.deps},
-            "params": {section: declared[section] for section in self.spec.params},
+            "params": self.params.declared(self.spec.params),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

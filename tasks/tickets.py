@@ -142,7 +142,7 @@ LONG_ORDERS = range(10_000, 100_000)
 
 def run(stage: Stage) -> None:
     tickets = generate(stage.params.seed, stage.params.tickets.count)
-    write_rows(stage.out("data/raw/tickets") / "tickets.jsonl", tickets)
+    write_rows(stage.out("data/tickets") / "tickets.jsonl", tickets)
     stage.tracker.table("tickets", [{"prompt": row.prompt, **row.ticket.model_dump()} for row in tickets[:20]])
 
 

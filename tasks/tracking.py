@@ -25,12 +25,13 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.datasets import flat
 from tasks.lineage import StageSpec, environment, git_state, hash_path
 from tasks.stage import UserError
 
@@ -40,12 +41,15 @@ if TYPE_CHECKING:
     from tasks.params import Params
 
 EXPERIMENT = "rlhf"
+NOTE = "mlflow.note.content"
+VIEW = "rlhf"  # the name of a saved view in addresses
 STATE = Path(".rlhf")  # git-ignored, outside every out
 JOURNALS = STATE / "journal"
 FLUSH_SECONDS = 3.0
 SAMPLE_SECONDS = 10.0
 LAST_CHANCE_SECONDS = 20.0  # what the end of a stage waits for the server, at most
 KILLED_SECONDS = 1.0  # the same when the stage is being stopped
+OWN = ("time/", "system/")  # metrics of one process, which say nothing of its pipeline
 GIVE_UP_SECONDS = 60.0  # after a failure the flow does not ask again for so long
 
 Event = dict[str, Any]
@@ -109,6 +113,14 @@ class Tracker:
     def tags(self, tags: dict[str, str]) -> None:
         """Facts in words about the run."""
         self._record({"kind": "tags", "tags": tags})
+
+    def datasets(self, digests: Mapping[str, str]) -> None:
+        """Data that the run has read, by name; those that dvc.yaml declares are there without it."""
+        self._record({"kind": "datasets", "datasets": dict(digests)})
+
+    def note(self, text: str) -> None:
+        """Markdown that MLflow shows on top of the run's page, and of its pipeline's. The last one stays."""
+        self._record({"kind": "note", "text": text})
 
     def outs(self, paths: dict[str, Path]) -> None:
         """The DVC hashes of what the stage wrote: by them a later pipeline finds this run."""
@@ -178,7 +190,8 @@ def open_pipeline(pipeline_id: str, tags: dict[str, str]) -> str:
 
 
 def link_cached(pipeline_id: str, spec: StageSpec, outs: dict[str, str]) -> str:
-    """Tag the pipeline's run with the stage run that made these outs, {path: hash}; gives that run's address or ""."""
+    """Put on the pipeline's run what the stage run logged that made these outs, {path: hash}, as if it had run in this
+    pipeline, and a tag that names it; gives that run's address or ""."""
 
     def work(client: MlflowClient) -> str:
         experiment = _experiment(client)
@@ -188,6 +201,7 @@ def link_cached(pipeline_id: str, spec: StageSpec, outs: dict[str, str]) -> str:
             return ""
         pipeline = _pipeline_run(client, experiment, pipeline_id, time.time())
         client.set_tag(pipeline, f"cached.{spec.name}", runs[0])
+        _log_again(client, runs[0], pipeline)
         return run_url(experiment, runs[0])
 
     return _attempt(work) if outs else ""
@@ -204,13 +218,16 @@ def stage_run_url(pipeline_id: str, stage: str) -> str:
     return _attempt(work)
 
 
-def close_pipeline(pipeline_id: str, status: str) -> None:
-    """End the pipeline's run: FINISHED, FAILED or KILLED. Stages that were killed outright are put on record first."""
+def close_pipeline(pipeline_id: str, status: str, note: str = "") -> None:
+    """End the pipeline's run: FINISHED, FAILED or KILLED. Stages that were killed outright are put on record first.
+    A note takes the place of the one that a stage left."""
 
     def work(client: MlflowClient) -> str:
         for journal in Journal.left(pipeline_id):
             _send_left(client, journal)
         run_id = _pipeline_run(client, _experiment(client), pipeline_id, time.time())
+        if note:
+            client.set_tag(run_id, NOTE, note)
         client.set_terminated(run_id, status)
         return run_id
 
@@ -222,6 +239,11 @@ def run_url(experiment: str, run_id: str) -> str:
     uri = tracking_uri()
     server = re.sub(r"//[^/@]+@", "//", uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{server}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def runs_url(run: str) -> str:
+    """The list of all runs, with its main columns, from the address of one."""
+    return f"{run.rpartition('/')[0]}?viewStateShareKey={VIEW}"
 
 
 _failed_at: dict[str, float] = {}  # tracking URI -> when it last failed, so that a flow does not wait again and again
@@ -345,24 +367,9 @@ def _start_event(journal_id: str, spec: StageSpec, params: Params) -> Event:
     }
 
 
-def flat_params(params: Params, sections: tuple[str, ...]) -> dict[str, str]:
-    """Only the declared sections, with dotted names: {"ppo.kl_coef": "0.02"}."""
-    declared = params.model_dump(mode="json", by_alias=True)
-    flat: dict[str, str] = {}
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{name}.{key}", inner)
-        else:
-            flat[name] = str(value)
-
-    for section in sections:
-        value: Any = declared
-        for part in section.split("."):
-            value = value[part]
-        walk(section, value)
-    return flat
+def flat_params(params: Params, keys: tuple[str, ...]) -> dict[str, str]:
+    """Only what is declared, with dotted names: {"ppo.kl_coef": "0.02"}."""
+    return {key: str(value) for key, value in flat(params.declared(keys)).items()}
 
 
 def _pipeline() -> tuple[str, float, bool]:
@@ -570,11 +577,8 @@ class Sender:
         self._start, self._parent = start, parent
         if not start["flow"]:
             self._client.update_run(parent, status="RUNNING")
-        from mlflow.entities import Param
-
-        params = [Param(key, value) for key, value in start["params"].items()]
-        for at in range(0, len(params), 100):  # the server's limit
-            self._client.log_batch(self.run_id, params=params[at : at + 100])
+        for run_id in (self.run_id, parent):
+            _log_params(self._client, run_id, start["params"])
 
     def _log_metrics(self, events: list[Event]) -> None:
         from mlflow.entities import Metric
@@ -584,24 +588,12 @@ class Sender:
             for event in events
             for key, value in event["values"].items()
         ]
-        for at in range(0, len(metrics), 1000):  # the server's limit
-            self._log_batch(metrics[at : at + 1000])
+        _log_metrics(self._client, self.run_id, metrics)
+        _log_metrics(self._client, self._parent, [metric for metric in metrics if not metric.key.startswith(OWN)])
 
-    def _log_batch(self, metrics: list[Any]) -> None:
-        """One metric that the server refuses must not keep the others from it, nor the run from its end."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.log_batch(self.run_id, metrics=metrics)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            if len(metrics) == 1:
-                print(f"warning: MLflow refuses the metric {metrics[0].key}: {error.message}", file=sys.stderr)
-                return
-            middle = len(metrics) // 2
-            self._log_batch(metrics[:middle])
-            self._log_batch(metrics[middle:])
+    def _log_note(self, event: Event) -> None:
+        for run_id in (self.run_id, self._parent):
+            self._client.set_tag(run_id, NOTE, event["text"])
 
     def _log_tags(self, event: Event) -> None:
         from mlflow.entities import RunTag
@@ -613,8 +605,8 @@ class Sender:
 
         context = [InputTag("mlflow.data.context", self._start["stage"])]
         inputs = [
-            DatasetInput(Dataset(path, md5, "dvc", json.dumps({"path": path, "md5": md5})), context)
-            for path, md5 in event["datasets"].items()
+            DatasetInput(Dataset(path, digest[:36], "dvc", json.dumps({"path": path, "md5": digest})), context)
+            for path, digest in event["datasets"].items()
         ]
         if inputs:
             self._client.log_inputs(self.run_id, inputs)
@@ -640,6 +632,48 @@ class Sender:
         self.done = True
 
 
+def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, str]) -> None:
+    """What the run has stays: MLflow refuses another value, such as of a params.yaml edited between two stages."""
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    params = [Param(key, value) for key, value in values.items() if key not in known]
+    for at in range(0, len(params), 100):  # the server's limit
+        client.log_batch(run_id, params=params[at : at + 100])
+
+
+def _log_metrics(client: MlflowClient, run_id: str, metrics: Sequence[Any]) -> None:
+    for at in range(0, len(metrics), 1000):  # the server's limit
+        _log_batch(client, run_id, metrics[at : at + 1000])
+
+
+def _log_batch(client: MlflowClient, run_id: str, metrics: Sequence[Any]) -> None:
+    """One metric that the server refuses must not keep the others from it, nor the run from its end."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.log_batch(run_id, metrics=metrics)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        if len(metrics) == 1:
+            print(f"warning: MLflow refuses the metric {metrics[0].key}: {error.message}", file=sys.stderr)
+            return
+        middle = len(metrics) // 2
+        _log_batch(client, run_id, metrics[:middle])
+        _log_batch(client, run_id, metrics[middle:])
+
+
+def _log_again(client: MlflowClient, made: str, pipeline: str) -> None:
+    """What a run that is over logged, on a pipeline's run too: so that pipelines compare whatever each found cached."""
+    run = client.get_run(made)
+    _log_params(client, pipeline, run.data.params)
+    curves = [client.get_metric_history(made, key) for key in run.data.metrics if not key.startswith(OWN)]
+    _log_metrics(client, pipeline, [point for curve in curves for point in curve])
+    if note := run.data.tags.get(NOTE):
+        client.set_tag(pipeline, NOTE, note)
+
+
 def _experiment(client: MlflowClient) -> str:
     """The experiment's id; made where it is missing. Two processes may come at once."""
     uri = tracking_uri()
@@ -649,9 +683,33 @@ def _experiment(client: MlflowClient) -> str:
     )
     with _machine_lock():
         experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
-    return str(experiment.experiment_id)
+        tags, id = ({}, "") if experiment is None else (experiment.tags, str(experiment.experiment_id))
+        id = id or str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+        for key, value in _LAYOUT.items():
+            if tags.get(key) != value:
+                client.set_experiment_tag(id, key, value)
+    return id
+
+
+# What MLflow's page of the experiment opens with. The view is as its own button "Save as new view" writes it.
+_COLUMNS = [
+    *(f"metrics.`all/{name}`" for name in ("gold", "win_rate", "score", "score_win_rate", "kl")),
+    *(f"params.`{name}`" for name in ("seed", "ppo.kl_coef", "ppo.learning_rate", "ppo.updates")),
+]
+_LAYOUT = {
+    "mlflow.experimentKind": "custom_model_development",
+    NOTE: "One run a pipeline; its stages are the runs below it. `all/...`: what came out of it, on held-out prompts.",
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(
+        {
+            "name": "At a glance",
+            "createdAt": 0,
+            "updatedAt": 0,
+            "state": json.dumps(
+                {"selectedColumns": _COLUMNS, "orderByKey": "attributes.start_time", "orderByAsc": False}
+            ),
+        }
+    ),
+}
 
 
 def _pipeline_run(client: MlflowClient, experiment: str, pipeline_id: str, started: float) -> str:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # a job in the background of a shell starts with Ctrl-C ignored, and its children would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # tiny models gain nothing by a second thread, and lose much where the machine is busy
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+CHROMIUM = Path("/usr/bin/chromium")  # Debian's; playwright's own would have to be downloaded
 LONGEST_FIRST = ("pipeline", "flows", "ppo")  # folders
 
 
@@ -24,3 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module")  # not longer: while it is open, no other test could run an event loop
+def browser() -> Iterator[Browser]:
+    """A real browser without a window."""
+    from playwright.sync_api import sync_playwright
+
+    if not CHROMIUM.exists():
+        pytest.skip(f"there is no {CHROMIUM} to look at pages with")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tasks.lineage import StageSpec, load_stages
-from tasks.params import Params
+from tasks.params import Params, load_params
 from tests.imports import ROOT, code_of
 
 SPECS = load_stages(ROOT)
@@ -21,8 +21,10 @@ def covers(declared: str, path: str) -> bool:
 @pytest.mark.parametrize("stage", SPECS)
 def test_code_deps_are_what_the_stage_imports(stage: str) -> None:
     declared = {dep for dep in SPECS[stage].deps if dep not in SPECS[stage].data_deps}
-    needed = code_of(stage)
+    needed = set(code_of(stage))
     missing = {file for file in needed if not any(covers(dep, file) for dep in declared)}
+    # a page's template bears the name of the module that fills it in
+    needed |= {str(page.relative_to(ROOT)) for page in ROOT.glob("tasks/*.html") if f"tasks/{page.stem}.py" in needed}
     idle = {dep for dep in declared if not any(covers(dep, file) for file in needed)}
     assert not missing, f"add to the deps of `{stage}` in dvc.yaml: {sorted(missing)}"
     assert not idle, f"`{stage}` imports nothing of these; remove them from its deps: {sorted(idle)}"
@@ -66,10 +68,11 @@ def test_outs_are_what_the_stage_writes(stage: str) -> None:
     assert {p for p in written if not any(re.fullmatch(p, out) for out in SPECS[stage].outs)} == set()
 
 
-def sections_read(file: str) -> set[str]:
-    """The sections of params.yaml that a file reads: from `stage.params`, from a name that is bound to it, and from an
-    argument that is annotated with Params."""
-    sections: set[str] = set()
+def keys_read(file: str) -> set[str]:
+    """The keys of params.yaml that a file reads: from `stage.params`, from a name that is bound to it, and from an
+    argument that is annotated with Params. Dotted as far as the expression goes: `rank.labeler`, or `rank` alone where
+    the whole section is taken."""
+    keys: set[str] = set()
     for function in ast.walk(ast.parse((ROOT / file).read_text())):
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -78,23 +81,49 @@ def sections_read(file: str) -> set[str]:
         for node in ast.walk(function):
             if isinstance(node, ast.Assign) and ast.unparse(node.value) in whole:
                 whole |= {ast.unparse(target) for target in node.targets}
-        sections |= {
-            node.attr
-            for node in ast.walk(function)
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in whole
-        }
-    return {Params.model_fields[name].alias or name for name in sections if name in Params.model_fields}
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "flat_params":
+                keys |= set(Params.model_fields) if ast.unparse(node.args[0]) in whole else set()
+        attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+        within = {node.value for node in attributes}
+        paths = [ast.unparse(node) for node in attributes if node not in within]
+        keys |= {path.removeprefix(f"{name}.") for path in paths for name in whole if path.startswith(f"{name}.")}
+    found = [key.split(".") for key in keys]
+    return {
+        ".".join([Params.model_fields[section].alias or section, *rest])
+        for section, *rest in found
+        if section in Params.model_fields
+    }
+
+
+def key_covers(declared: str, key: str) -> bool:
+    return key == declared or key.startswith(declared + ".")
 
 
 @pytest.mark.parametrize("stage", SPECS)
 def test_params_are_what_the_stage_reads(stage: str) -> None:
-    read = set().union(*(sections_read(file) for file in code_of(stage)))
-    assert read == set(SPECS[stage].params)
+    read = set().union(*(keys_read(file) for file in code_of(stage)))
+    declared = SPECS[stage].params
+    missing = {key for key in read if not any(key_covers(one, key) for one in declared)}
+    idle = {one for one in declared if not any(key_covers(one, key) for key in read)}
+    assert not missing, f"add to the params of `{stage}` in dvc.yaml: {sorted(missing)}"
+    assert not idle, f"`{stage}` reads nothing of these; remove them from its params: {sorted(idle)}"
 
 
 def test_every_section_of_the_schema_is_read_by_a_stage() -> None:
     known = {field.alias or name for name, field in Params.model_fields.items()}
-    assert known == {section for spec in SPECS.values() for section in spec.params}
+    assert known == {key.partition(".")[0] for spec in SPECS.values() for key in spec.params}
+
+
+def test_what_only_ranking_reads_leaves_the_samples_as_they_are() -> None:
+    """All that follows from the samples would be made again, the policy among it."""
+    before = load_params(ROOT / "params.yaml")
+
+    def stages_that_see(**change: object) -> set[str]:
+        after = before.model_copy(update={"rank": before.rank.model_copy(update=change)})
+        return {name for name, spec in SPECS.items() if before.declared(spec.params) != after.declared(spec.params)}
+
+    assert stages_that_see(held_out_share=0.3) == {"rank", "report"}
+    assert stages_that_see(labeler="recorded") == {"sample", "rank", "report"}
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: str(spec.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,10 +12,23 @@ from typing import Any
 
 import pytest
 
+from tasks.conversations import FINGERPRINT_FILE, Conversation
+
 TEXT = "hello dear customer your order is late we are sorry and will refund it by monday user assistant ticket"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONVERSATION: Conversation = [
+    {"role": "system", "content": "we are a shop"},
+    {"role": "user", "content": "hello, my order is late"},
+    {"role": "assistant", "content": "we are sorry"},
+    {"role": "user", "content": "and my refund?"},
+]
+IN_CHATML = (
+    "<|im_start|>system\nwe are a shop<|im_end|>\n<|im_start|>user\nhello, my order is late<|im_end|>\n"
+    "<|im_start|>assistant\nwe are sorry<|im_end|>\n<|im_start|>user\nand my refund?<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
 
 
@@ -72,6 +86,13 @@ def tiny_model_dir(path: Path, *, reward: bool = False, seed: int = 0, texts: It
         model = LlamaForCausalLM(config)
     save_model(model, tokenizer, path)
     return path
+
+
+def give_fingerprint(model: Path, *folders: Path) -> None:
+    """As if the data in the folders had been prepared with the model's tokenizer."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(model / FINGERPRINT_FILE, folder)
 
 
 def shell(folder: Path, *command: str) -> str:

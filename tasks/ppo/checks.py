@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
+from tasks.conversations import Role
 from tasks.models import context_of
 from tasks.ppo.params import PPOParams
 from tasks.ppo.ptx import Text
@@ -24,10 +25,31 @@ def special_token(policy: PreTrainedModel, name: str, given: int | None) -> int:
 def texts(prompts: Sequence[Any], tokenizer: Any) -> None:
     """UserError for texts that cannot become tokens, or that a chat template would make look like something."""
     for place, prompt in enumerate(prompts):
-        if isinstance(prompt, str) and tokenizer is None:
+        if not is_text(prompt):
+            continue
+        if tokenizer is None:
             raise UserError("prompts are texts: hand in the tokenizer that goes with the policy, or token ids.")
-        if isinstance(prompt, str) and not prompt.strip():
+        if is_conversation(prompt) and not all(map(is_turn, prompt)):
+            raise UserError(
+                f"PPO cannot start: prompt {place} is no conversation: each turn is a dict with the keys role (one of "
+                f"{', '.join(get_args(Role))}) and content, a text."
+            )
+        said = prompt if isinstance(prompt, str) else "".join(turn["content"] for turn in prompt)
+        if not said.strip():
             raise UserError(f"PPO cannot start: prompt {place} is empty.")
+
+
+def is_text(prompt: Any) -> bool:
+    """Whether it becomes tokens by the chat template: a text or a conversation, not token ids."""
+    return isinstance(prompt, str) or is_conversation(prompt)
+
+
+def is_conversation(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def is_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and turn.get("role") in get_args(Role) and isinstance(turn.get("content"), str)
 
 
 def check(*problems: Iterator[str]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.datasets import Demonstration, Prompt, read_rows, write_csv, write_json
+from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, read_rows, write_csv, write_json, write_rows
 from tasks.models import (
+    decode_response,
     encode_prompt,
     encode_response,
     load_language_model,
@@ -31,16 +32,19 @@ from tasks.stage import Stage, UserError
 def train_policy(stage: Stage) -> None:
     params = stage.params.ppo
     sft_folder, reward_folder = stage.dep("data/models/sft"), stage.dep("data/models/reward")
-    require_same_tokenizer(sft_folder, reward_folder)
+    prepared = stage.dep("data/prepared/tokenizer_fingerprint.txt").parent
+    collected = stage.dep("data/collected/demonstrations")
+    require_same_tokenizer(prepared, collected, sft_folder, reward_folder)
     tokenizer = load_tokenizer(sft_folder)
     policy, reward_model = load_language_model(sft_folder), load_scalar_model(reward_folder)
-    demonstrations = read_rows(stage.dep("data/collected/demonstrations") / "demonstrations.jsonl", Demonstration)
+    demonstrations = read_rows(collected / "demonstrations.jsonl", Demonstration)
+    prompts = read_rows(stage.dep("data/prepared/prompts/ppo.jsonl"), Prompt)
     trainer = PPOTrainer(
         policy,
         None,
         [(reward_named(name, reward_model, stage.spec.deps), weight) for name, weight in params.rewards.items()],
         reward_model if params.value == "separate" else None,
-        [row.prompt for row in read_rows(stage.dep("data/prepared/prompts/ppo.jsonl"), Prompt)],
+        [row.prompt for row in prompts],
         params,
         tokenizer=tokenizer,
         pretraining=[
@@ -59,6 +63,17 @@ def train_policy(stage: Stage) -> None:
         reward_model.config.score_bias = 0.0
     save_model(reward_model, tokenizer, stage.out("data/models/value"))
     write_csv(stage.out("data/reports/ppo/history.csv"), history)
+    write_rows(
+        stage.out("data/collected/held_out") / "answers.jsonl",
+        [
+            HeldOutAnswer(
+                **row
+                | {"id": prompts[row["prompt"]].id, "prompt": prompts[row["prompt"]].prompt}
+                | {"response": decode_response(tokenizer, row["tokens"])}
+            )
+            for row in trainer.held_out_answers
+        ],
+    )
     last = {name: value for name, value in history[-1].items() if name != "update"}
     kept = {
         "updates": trainer.update,
@@ -68,6 +83,7 @@ def train_policy(stage: Stage) -> None:
     start = {} if trainer.held_out_start is None else {"held_out_start": trainer.held_out_start.score}
     best = {} if trainer.watch.best is None else {"held_out_best": trainer.watch.best.score}
     write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {**kept, **start, **best, **last}})
+    print(f"ppo: the policy after update {trainer.kept_update} of {trainer.update} is kept")
 
 
 def train(trainer: PPOTrainer, stage: Stage) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tasks.checkpoints import nest, pick, restore_rng, rng_state
+from tasks.conversations import Turn, text_of
 from tasks.models import decode_response, encode_prompt
 from tasks.ppo import checks, ptx
 from tasks.ppo.advantages import gae, token_rewards, whiten
@@ -47,7 +48,7 @@ class PPOTrainer:
         reference: PreTrainedModel | None,
         reward_fn: Reward | Sequence[tuple[Reward, float]],
         value_model: PreTrainedModel | None,
-        prompts: Sequence[str] | Sequence[list[int]],
+        prompts: Sequence[str] | Sequence[Sequence[Turn]] | Sequence[list[int]],
         params: PPOParams,
         *,
         tokenizer: Any = None,
@@ -63,8 +64,8 @@ class PPOTrainer:
         policy, value_model: trained in place. value_model None with params.value "head".
         reference, or a reward model: where it is None or one of these two, a frozen copy of what is trained stands in.
         reward_fn: a scalar model, a function (prompts, responses) -> scores, or several with their weights. A function
-        gets texts where there is a tokenizer, else token ids.
-        prompts: texts with a tokenizer, which go through its chat template; or token ids.
+        gets texts where there is a tokenizer (of a conversation, `text_of` it), else token ids.
+        prompts: texts or conversations with a tokenizer, which go through its chat template; or token ids.
         pretraining: what PPO-ptx mixes in.
         end_token, pad_token: the policy's own where None.
         """
@@ -74,8 +75,9 @@ class PPOTrainer:
         self.end_token = checks.special_token(policy, "eos_token_id", end_token)
         self.pad_token = checks.special_token(policy, "pad_token_id", pad_token)
         checks.texts(prompts, tokenizer)
-        self.prompt_texts = list(prompts)
-        self.prompts = [encode_prompt(tokenizer, one) if isinstance(one, str) else list(one) for one in prompts]
+        given: list[Any] = list(prompts)
+        self.prompt_texts = [text_of(one) if checks.is_conversation(one) else one for one in given]
+        self.prompts = [encode_prompt(tokenizer, one) if checks.is_text(one) else list(one) for one in given]
         self.pretraining = list(pretraining)
         rewards = weighted(reward_fn)
         checks.check(
@@ -112,8 +114,9 @@ class PPOTrainer:
         self.ptx_order = torch.randperm(
             len(self.pretraining), generator=torch.Generator().manual_seed(seed + 1)
         ).tolist()
-        self.best_weights: dict[str, list[Tensor]] = {}
+        self.kept_weights: dict[str, list[Tensor]] = {}
         self.held_out_start: HeldOut | None = None  # before the first update
+        self.held_out_answers: list[dict[str, Any]] = []  # of every evaluation, for whoever wants to judge them
         self.kept_update: int | None = None  # whose policy is kept, once training is over
         self.last: Episodes | None = None
         self.seconds: dict[str, float] = defaultdict(float)
@@ -347,24 +350,28 @@ class PPOTrainer:
         rollout = self._generate(self.held_out, [f"held out {place}" for place in range(len(self.held_out))], 1)
         if trained is not None:
             self.policy_learner.set_weights(trained)
-        scores = score_missing_end(
-            self.score(rollout, self.held_out), rollout.ended, params.missing_end_score, params.missing_end_penalty
-        )
+        given = self.score(rollout, self.held_out)
+        scores = score_missing_end(given, rollout.ended, params.missing_end_score, params.missing_end_penalty)
         with self._autocast():
             ref_logprobs = response_logprobs(self.roles.reference, rollout, params.temperature)
         kl = ((rollout.logprobs - ref_logprobs) * rollout.response_mask).sum(-1)
-        result = HeldOut(self.update, scores.mean().item(), kl.mean().item())
+        result = HeldOut(self.update, scores.tolist(), kl.mean().item())
+        answers = zip(self.held_out, rollout.response_ids(), given.tolist(), kl.tolist(), strict=True)
+        self.held_out_answers += [
+            {"update": self.update, "prompt": place, "tokens": tokens, "score": score, "kl": nats}
+            for place, tokens, score, nats in answers
+        ]
         if self.watch.evaluated(result):
-            self.best_weights = {name: learner.copy_weights() for name, learner in self._learners().items()}
+            self.kept_weights = {name: learner.copy_weights() for name, learner in self._learners().items()}
         return result
 
     def finish(self) -> None:
-        """Put the policy that is kept in its place: the best on held-out prompts; without these, the last."""
+        """Put the policy that is kept in its place: by held-out prompts (`Watch`); without these, the last."""
         self.kept_update = self.update
-        if self.watch.best is not None:
-            self.kept_update = self.watch.best.update
+        if self.watch.kept is not None:
+            self.kept_update = self.watch.kept.update
             for name, learner in self._learners().items():
-                learner.set_weights(self.best_weights[name])
+                learner.set_weights(self.kept_weights[name])
         elif self.policy_learner.average is not None:
             self.policy_learner.set_weights(self.policy_learner.average)
 
@@ -389,14 +396,15 @@ class PPOTrainer:
             "moments": vars(self.moments),
             "watch": self.watch.state(),
             "held_out_start": self.held_out_start,
+            "held_out_answers": self.held_out_answers,
             "rng": generators,
             "learners": {},
         }
         for name, learner in self._learners().items():
             learned, facts["learners"][name] = learner.state()
             tensors |= nest(name, learned)
-            best = {str(number): weight for number, weight in enumerate(self.best_weights.get(name, []))}
-            tensors |= nest(f"best/{name}", best)
+            kept = {str(number): weight for number, weight in enumerate(self.kept_weights.get(name, []))}
+            tensors |= nest(f"kept/{name}", kept)
         return tensors, facts
 
     def load_state(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -406,12 +414,12 @@ class PPOTrainer:
         vars(self.moments).update(facts["moments"])
         self.watch.load_state(facts["watch"])
         self.held_out_start = HeldOut(*facts["held_out_start"]) if facts["held_out_start"] else None
+        self.held_out_answers = facts["held_out_answers"]
         for name, learner in self._learners().items():
             learner.load_state(pick(name, tensors), facts["learners"][name])
-            best = pick(f"best/{name}", tensors)
-            if best:
-                device = self.device
-                self.best_weights[name] = [best[str(number)].to(device) for number in range(len(best))]
+            kept = pick(f"kept/{name}", tensors)
+            if kept:
+                self.kept_weights[name] = [kept[str(number)].to(self.device) for number in range(len(kept))]
         restore_rng(pick("rng", tensors), facts["rng"])
 
     def _learners(self) -> dict[str, Learner]:

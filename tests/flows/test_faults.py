@@ -17,7 +17,7 @@ import pytest
 
 from flows.server import free_port
 from tests.flows.conftest import serving
-from tests.flows.toy import ROOT, Toy, wait_until
+from tests.flows.toy import ROOT, Toy, ask, wait_until
 from tests.tiny import shell
 
 DEPLOYMENTS = """
@@ -87,16 +87,13 @@ class Site:
 
     def start(self, **parameters: Any) -> str:
         """The id of a new run of the deployment."""
-        deployment = httpx.get(f"{self.api}/deployments/name/pipeline/nightly").raise_for_status().json()
-        made = httpx.post(
-            f"{self.api}/deployments/{deployment['id']}/create_flow_run",
-            json={"parameters": parameters, "state": {"type": "SCHEDULED"}},
-        )
-        return str(made.raise_for_status().json()["id"])
+        deployment = ask(self.api, "deployments/name/pipeline/nightly")["id"]
+        wanted = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        return str(ask(self.api, f"deployments/{deployment}/create_flow_run", wanted)["id"])
 
     def state(self, run: str) -> dict[str, Any]:
         try:
-            state: dict[str, Any] = httpx.get(f"{self.api}/flow_runs/{run}").raise_for_status().json()["state"]
+            state: dict[str, Any] = ask(self.api, f"flow_runs/{run}")["state"]
         except httpx.TransportError:
             return {"type": "UNKNOWN"}
         return state
@@ -204,12 +201,11 @@ def test_prefect_is_gone_for_a_while(toy: Toy, tmp_path: Path) -> None:
         output, _ = flow.communicate(timeout=180)
         assert flow.returncode == 0, output
         assert "Traceback" not in output
-        (run,) = httpx.post(f"{api}/flow_runs/filter", json={}).raise_for_status().json()
+        (run,) = ask(api, "flow_runs/filter", {})
         assert run["state_type"] == "COMPLETED"
 
         def states() -> dict[str, str]:
-            runs = httpx.post(f"{api}/task_runs/filter", json={}).raise_for_status().json()
-            return {one["name"]: one["state_type"] for one in runs}
+            return {one["name"]: one["state_type"] for one in ask(api, "task_runs/filter", {})}
 
         assert wait_until(lambda: states().get("last") == "COMPLETED", 30), states()
     assert toy.processes() == []

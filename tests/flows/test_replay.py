@@ -39,6 +39,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tasks", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
+    (folder / "data/raw").mkdir(parents=True)
+    (folder / "data/raw/.gitkeep").touch()
     params = yaml.load(folder / "params.yaml")
     params["base"].update(model=f"folder:{model}", sha256=folder_sha256(model), chat_template=None)
     params["text"].update(max_prompt_tokens=150, max_response_tokens=70)
@@ -111,23 +113,24 @@ def test_lineage_goes_back_by_hash(repository: Path, monkeypatch: pytest.MonkeyP
     assert {run.stage for run in runs} == {"base", "tickets", "prepare"}
     assert runs[-1].stage == "prepare"
     made = {path: md5 for run in runs for path, md5 in run.outs.items()}
-    assert runs[-1].deps == {path: made[path] for path in ("data/models/base", "data/raw/tickets")}
+    raw = {"data/raw": hash_path(repository / "data/raw")}
+    assert runs[-1].deps == {path: made[path] for path in ("data/models/base", "data/tickets")} | raw
     assert runs[-1].params["prepare.splits.sft"] == "0.3"
     assert runs[-1].environment["torch"] == torch.__version__.split("+")[0] or runs[-1].environment["torch"]
 
 
 def test_the_same_to_the_bit(repository: Path) -> None:
     told = replay(repository, "policy/1")
-    assert "5 of 5 outs are the same to the bit" in told or "outs are the same to the bit" in told
+    assert "10 of 10 outs are the same to the bit" in told
     rows = [line for line in told.splitlines() if "│" in line and "data/" in line]
-    assert len(rows) == 5
+    assert len(rows) == 10
     assert all(" yes " in row for row in rows)
     assert "environment" in told
 
 
 def test_one_stage_alone_on_its_recorded_inputs(repository: Path) -> None:
     told = replay(repository, "policy/1", "--only", "prepare")
-    assert "2 of 2 outs are the same to the bit" in told
+    assert "7 of 7 outs are the same to the bit" in told
     assert "tickets as run" not in told
 
 
@@ -149,9 +152,9 @@ def test_what_ran_beside_uncommitted_changes_gets_its_recorded_parameters(reposi
 
 def test_a_difference_is_found_and_shown(repository: Path) -> None:
     """A stage whose code has become another behind the record's back."""
-    file = repository / "tasks/prepare.py"
+    file = repository / "tasks/prepare/card.py"
     original = file.read_text()
-    file.write_text(original.replace('"failed_checks": len(failed)', '"failed_checks": 7'))
+    file.write_text(original.replace('"failed_checks": len(found.failed_checks)', '"failed_checks": 7'))
     assert file.read_text() != original
     commit(repository, "Other code")
     other = shell(repository, "git", "rev-parse", "HEAD").strip()
@@ -165,7 +168,7 @@ def test_a_difference_is_found_and_shown(repository: Path) -> None:
         client.set_tag(run.info.run_id, "git.commit", right)
         file.write_text(original)
         commit(repository, "The code again")
-    assert "1 of 2 outs are the same to the bit" in told
+    assert "6 of 7 outs are the same to the bit" in told
     assert '"failed_checks": 0' in told
     assert '"failed_checks": 7' in told
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
-import httpx
 import pytest
 from prefect.client.schemas.objects import State
 from prefect.settings import get_current_settings
 from ruamel.yaml import YAML
 
 from flows import dvc_stage
-from flows.report import Report, Row, figure_of
+from flows.report import METRICS, SAMPLES, Report, Row, evaluation, figure_of
 from flows.rlhf import main, needed, rlhf
 from tasks.lineage import load_stages
-from tests.flows.toy import Toy, wait_until
+from tests.flows.toy import Toy, ask, wait_until
 
 
 def run(targets: list[str] | None = None) -> tuple[State[Report], dict[str, Row]]:
@@ -30,8 +32,7 @@ def states_in_prefect(state: State[Report]) -> dict[str, tuple[str, str]]:
     wanted = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
 
     def seen() -> list[dict[str, Any]]:
-        answer = httpx.post(f"{get_current_settings().api.url}/task_runs/filter", json=wanted)
-        return cast("list[dict[str, Any]]", answer.raise_for_status().json())
+        return cast("list[dict[str, Any]]", ask(str(get_current_settings().api.url), "task_runs/filter", wanted))
 
     assert wait_until(lambda: all(run["state_type"] not in ("RUNNING", "SCHEDULED") for run in seen()))
     return {run["name"]: (run["state"]["name"], run["state"]["message"]) for run in seen()}
@@ -145,5 +146,25 @@ def test_figure_is_found_in_nested_json(in_toy: Toy) -> None:
     spec = load_stages(in_toy.root)["left"]
     (in_toy.root / "left.json").write_text('{"toy": {"length": 0.123456}}')
     assert figure_of(spec, in_toy.root) == "toy.length 0.123"
+    either = replace(spec, meta={"figure": "toy.gold or toy.length"})
+    assert figure_of(either, in_toy.root) == "toy.length 0.123"
     (in_toy.root / "left.json").write_text('{"toy": 3}')
     assert figure_of(spec, in_toy.root) == ""
+
+
+def test_the_evaluation_in_markdown_without_a_gold_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    METRICS.parent.mkdir(parents=True)
+    score = {name + end: 0.5 for name in ("base", "sft", "policy", "gain") for end in ("", "_low", "_high")}
+    rate = {name + end: 0.75 for name in ("score_win_rate", "kl") for end in ("", "_low", "_high")}
+    METRICS.write_text(json.dumps({"score": score, **rate}))
+    SAMPLES.write_text("")
+    told = evaluation()
+    assert "There is no gold score: these prompts have no ticket." in told
+    assert "- win rate over SFT by the reward model: 0.75 [0.75, 0.75]" in told
+    assert "gold |" not in told
+    METRICS.write_text(
+        json.dumps({"gold": score, "score": score, **rate, "win_rate": 1, "win_rate_low": 1, "win_rate_high": 1})
+    )
+    assert "| gold | 0.5 [0.5, 0.5] |" in evaluation()
+    assert "- win rate over SFT by the gold score: 1 [1, 1]" in evaluation()

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import boto3
-import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
@@ -26,7 +25,7 @@ from flows.scheduled import points
 from flows.server import free_port
 from tasks.lineage import hash_path
 from tasks.stage import UserError
-from tests.flows.toy import Toy, wait_until
+from tests.flows.toy import Toy, ask, wait_until
 from tests.tiny import shell, small_disk
 
 # their states hold a state's data: too much for Prefect's types
@@ -127,15 +126,12 @@ def test_a_run_in_its_own_workspace(repo: Toy, webhook: list[str]) -> None:
 
 def task_states(state: Any) -> dict[str, str]:
     """Of the stages of the flow run's subflow, once they have all arrived at the server."""
-    api = get_current_settings().api.url
-
-    def ask(what: str, wanted: Any) -> Any:
-        return httpx.post(f"{api}/{what}/filter", json=wanted).raise_for_status().json()
+    api = str(get_current_settings().api.url)
 
     def seen() -> dict[str, str]:
-        parents = ask("task_runs", {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}})
+        parents = ask(api, "task_runs/filter", {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}})
         ids = [run["state"]["state_details"]["child_flow_run_id"] for run in parents]
-        runs = ask("task_runs", {"flow_runs": {"id": {"any_": [one for one in ids if one]}}})
+        runs = ask(api, "task_runs/filter", {"flow_runs": {"id": {"any_": [one for one in ids if one]}}})
         return {run["name"]: run["state"]["name"] for run in runs}
 
     assert wait_until(lambda: len(seen()) == 4 and "Running" not in seen().values())
@@ -217,7 +213,7 @@ def test_a_notification_that_cannot_be_sent_stops_nothing(repo: Toy) -> None:
 
 
 class Registry:
-    """What the flow asks MLflow of a policy that passed its gates while policy/2 was the champion."""
+    """What the flow asks MLflow of a policy that failed none of its gates while policy/2 was the champion."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.champion = "2"
@@ -254,7 +250,7 @@ def test_a_person_is_asked(
     monkeypatch.setattr(scheduled, "pause_flow_run", answer)
     assert pipeline(approval_hours=2, notification="custom-webhook/team", return_state=True).is_completed()
     assert asked[0]["timeout"] == 7200
-    assert "policy/3 passed its gates" in asked[0]["description"]
+    assert "policy/3 failed none of its gates" in asked[0]["description"]
     assert registry.decided == [("promote" if approve else "decline", "3", "ann", "looked at it")]
     told = "is the champion now" if approve else "stays a candidate: ann said no: looked at it"
     assert f"policy/3 {told}" in webhook[0]

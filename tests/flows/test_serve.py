@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from flows.server import free_port
-from tests.flows.toy import ROOT, Toy, wait_until
+from tests.flows.toy import ROOT, Toy, ask, wait_until
 
 
 @contextmanager
@@ -55,16 +55,18 @@ def test_serve(repository: Toy) -> None:
     with served(repository) as (process, addresses):
         assert httpx.get(f"{addresses['MLflow']}/health").is_success
         assert all(address.startswith("http://127.0.0.1:") for address in addresses.values())
-        found = httpx.post(f"{addresses['Prefect']}/api/deployments/filter", json={}).raise_for_status().json()
-        assert {one["name"] for one in found} == {"nightly", "on-new-labels", "sweep", "replay", "prune"}
+        found = ask(f"{addresses['Prefect']}/api", "deployments/filter", {})
+        assert {one["name"] for one in found} == {
+            *("nightly", "on-new-labels", "sweep", "variance", "data-efficiency", "replay", "prune")
+        }
         nightly = next(one for one in found if one["name"] == "nightly")
         assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
-        pools = httpx.post(f"{addresses['Prefect']}/api/work_pools/filter", json={}).raise_for_status().json()
+        pools = ask(f"{addresses['Prefect']}/api", "work_pools/filter", {})
         assert [(pool["name"], pool["type"]) for pool in pools] == [("rlhf", "process")]
 
         def workers() -> list[str]:
-            url = f"{addresses['Prefect']}/api/work_pools/rlhf/workers/filter"
-            return [one["status"] for one in httpx.post(url, json={}).raise_for_status().json()]
+            found = ask(f"{addresses['Prefect']}/api", "work_pools/rlhf/workers/filter", {})
+            return [one["status"] for one in found]
 
         assert wait_until(lambda: workers() == ["ONLINE"])
     assert process.returncode == 0
@@ -74,7 +76,7 @@ def test_serve(repository: Toy) -> None:
 def test_pages_alone(repository: Toy) -> None:
     with served(repository, "--pages") as (process, addresses):
         assert httpx.get(f"{addresses['Prefect']}/api/health").is_success
-        assert httpx.post(f"{addresses['Prefect']}/api/deployments/filter", json={}).json() == []
+        assert ask(f"{addresses['Prefect']}/api", "deployments/filter", {}) == []
     assert process.returncode == 0
     assert repository.processes() == []
 

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.server import prefect_server
-from tests.flows.toy import Toy, wait_until
+from tests.flows.toy import Toy, ask, wait_until
 
 SERVE = """
 from datetime import timedelta
@@ -30,8 +29,7 @@ def test_a_scheduled_run_appears(toy: Toy, prefect_api: str) -> None:
 
     def scheduled() -> list[dict[str, Any]]:
         wanted = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-        answer = httpx.post(f"{prefect_api}/flow_runs/filter", json=wanted)
-        return [run for run in answer.raise_for_status().json() if run["auto_scheduled"]]
+        return [run for run in ask(prefect_api, "flow_runs/filter", wanted) if run["auto_scheduled"]]
 
     with log.open("wb") as output:
         serving = subprocess.Popen(command, cwd=toy.root, env=environment, stdout=output, stderr=output)

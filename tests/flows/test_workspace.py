@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from flows.workspace import Workspace, open_workspace
+from flows.workspace import Workspace, absent_within, open_workspace
 from tasks.stage import UserError
 from tests.tiny import shell, tiny_repo
 
@@ -105,6 +105,20 @@ def test_nothing_is_fetched_for_what_is_up_to_date(repository: Path) -> None:
         told = shell(workspace.path, "dvc", "repro", "--pull", "--allow-missing")
         assert "Data and pipelines are up to date" in told
         assert not (workspace.path / "data/raw/in.txt").exists()
+
+
+def test_what_dvc_keeps_in_a_folder_that_a_stage_reads_is_fetched(repository: Path) -> None:
+    """DVC alone would take the folder, which is there, for one that has changed, and run the stage without its data."""
+    (repository / "dvc.yaml").write_text(DVC_YAML.replace("data/raw/in.txt", "data/raw"))
+    shell(repository, "git", "commit", "--quiet", "--all", "-m", "Reads the folder")
+    for name, revision, told in (("one", "HEAD", "Running stage"), ("two", "runs/one", "are up to date")):
+        with open_workspace(name, revision, str(repository)) as workspace:
+            assert absent_within(workspace.path, ["data/raw", "double.py"]) == ["data/raw/in.txt.dvc"]
+            workspace.fetch_within(["data/raw", "double.py"])
+            assert absent_within(workspace.path, ["data/raw"]) == []
+            assert told in shell(workspace.path, "dvc", "repro", "--pull", "--allow-missing")
+            workspace.commit(f"Run {name}")
+            workspace.remove()
 
 
 def test_two_at_once_do_not_touch_each_other(repository: Path) -> None:

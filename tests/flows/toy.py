@@ -10,8 +10,10 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+from prefect.client.base import PrefectHttpxSyncClient
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds; the machines that run the tests may be slow and busy
@@ -107,6 +109,12 @@ class Toy:
             except psutil.Error:
                 continue
         return found
+
+
+def ask(api: str, path: str, wanted: object = None) -> Any:
+    """What Prefect's server answers. A busy one (503, SQLite is locked) is asked again, as by Prefect itself."""
+    with PrefectHttpxSyncClient(base_url=api) as client:
+        return (client.get(path) if wanted is None else client.post(path, json=wanted)).json()
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:

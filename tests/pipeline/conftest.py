@@ -22,6 +22,7 @@ yaml = YAML()
 SMALL: dict[str, dict[str, Any]] = {
     "text": {"max_prompt_tokens": 150, "max_response_tokens": 70},
     "tickets": {"count": 80},
+    "data": {"sources": [{"kind": "prompts", "path": "data/tickets"}]},
     "demonstrate": {"prompts": 12},
     "sft": {"trainable_layers": 1, "epochs": 2, "batch_size": 4, "validation_share": 0.3},
     "sample": {"prompts": 10, "responses_per_prompt": 3, "batch_size": 12},
@@ -38,7 +39,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "eval_every": 0,  # with so few prompts the SFT model itself may score best
         "checkpoint_every": 1,
     },
-    "evaluate": {"prompts": 4, "batch_size": 4, "bootstrap_samples": 100},
+    "baseline": {"prompts": 4, "batch_size": 4, "best_of": 4, "best_of_prompts": 2},
+    "evaluate": {"bootstrap_samples": 100},
 }
 
 
@@ -55,12 +57,15 @@ def make_repo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(name: str) -> Path:
         repo = tmp_path_factory.mktemp(name) / "repo"
         repo.mkdir()
-        for part in ("flows", "tasks", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore"):
+        code = ("flows", "tasks", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore")
+        for part in (*code, "data/labels"):
             if (ROOT / part).is_dir():
                 shutil.copytree(ROOT / part, repo / part, ignore=shutil.ignore_patterns("__pycache__"))
             elif (ROOT / part).exists():
                 shutil.copy(ROOT / part, repo / part)
-        (repo / ".dvc").mkdir()
+        for folder in (".dvc", "data/raw"):
+            (repo / folder).mkdir(parents=True)
+        (repo / "data/raw/.gitkeep").touch()
         for part in ("config", ".gitignore"):
             shutil.copy(ROOT / ".dvc" / part, repo / ".dvc" / part)
         params = yaml.load(repo / "params.yaml")

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from flows.server import free_port
 from tasks.lineage import load_stages
-from tests.flows.toy import wait_until
+from tests.flows.toy import ask, wait_until
 from tests.pipeline.test_end_to_end import lock_of
 from tests.tiny import shell
 
@@ -39,9 +39,7 @@ class Stack:
         self.process, self.settings, self.folder = process, settings, folder
 
     def post(self, path: str, **wanted: Any) -> Any:
-        return (
-            httpx.post(f"{self.settings['PREFECT_API_URL']}/{path}", json=wanted, timeout=30).raise_for_status().json()
-        )
+        return ask(self.settings["PREFECT_API_URL"], path, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +240,7 @@ def test_new_labels_start_a_run_and_nothing_else_does(stack: Stack, flow_run: di
         return [run for run in found if run["state_type"] != "SCHEDULED" or not run["auto_scheduled"]]
 
     shell(repo, "git", "merge", "--quiet", "--ff-only", f"runs/{flow_run['id']}")
-    (repo / "data/labels").mkdir(parents=True)
+    (repo / "data/labels").mkdir(parents=True, exist_ok=True)
     (repo / "data/labels/ann.jsonl").write_text("{}\n")
     shell(repo, "git", "add", "data/labels")
     shell(repo, "git", "commit", "--quiet", "-m", "Labels")

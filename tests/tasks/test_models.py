@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.conversations import single
 from tasks.models import (
     Branch,
     Trunk,
@@ -38,7 +39,7 @@ from tasks.models import (
     trunk_depth,
 )
 from tasks.stage import UserError
-from tests.tiny import tiny_model_dir, tiny_tokenizer
+from tests.tiny import CHATML, CONVERSATION, IN_CHATML, tiny_model_dir, tiny_tokenizer
 
 PAD = 0
 SEQUENCES = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20]]
@@ -305,3 +306,35 @@ def test_prompt_and_response_as_tokens() -> None:
     assert encode_response(tokenizer, "we are sorry", ended=False) == response[:-1]
     assert decode_response(tokenizer, response) == "we are sorry"
     assert decode_response(tokenizer, encode_response(tokenizer, " we are \n")) == "we are"
+
+
+def test_a_conversation_goes_through_the_chat_template_whole() -> None:
+    tokenizer = tiny_tokenizer()
+    expected = tokenizer(IN_CHATML, add_special_tokens=False).input_ids
+    assert encode_prompt(tokenizer, CONVERSATION) == expected
+    # the marks of a turn are one token each, not what their letters would be
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert expected.count(start) == 5
+    assert encode_prompt(tokenizer, "hello dear") == encode_prompt(tokenizer, single("hello dear"))
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+ALTERNATING = (
+    "{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate user/assistant') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "message"),
+    [
+        (NO_SYSTEM, CONVERSATION, "refuses the turns system, user, assistant, user .*System role not supported"),
+        (ALTERNATING, [*CONVERSATION[1:2], *CONVERSATION[3:]], "refuses the turns user, user .*must alternate"),
+    ],
+)
+def test_a_template_that_refuses_a_conversation(template: str, prompt: Any, message: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template + CHATML
+    with pytest.raises(UserError, match=rf"{message}.*base\.chat_template"):
+        encode_prompt(tokenizer, prompt)
+    assert encode_prompt(tokenizer, CONVERSATION[1:])

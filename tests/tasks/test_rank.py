@@ -12,18 +12,20 @@ from unittest.mock import Mock
 
 import pytest
 
-from tasks.datasets import PromptTicket, Ranking, Samples, prompt_id, read_rows, write_rows
+from tasks.conversations import Conversation, single
+from tasks.datasets import PromptFacts, Ranking, RecordedRanking, Samples, Vote, prompt_id, read_rows, write_rows
 from tasks.labels.checks import run_checks
 from tasks.labels.simulated import demonstrate
 from tasks.lineage import load_stages
 from tasks.params import Params, load_params
-from tasks.rank import Marks, agreement, mean_utilities, rank_samples, run
+from tasks.rank import Marks, agreement, agreement_among, mean_utilities, rank_samples, run, second_opinions
 from tasks.stage import Stage, UserError
 from tasks.tickets import generate
+from tests.tiny import CONVERSATION
 
 PARAMS = load_params(Path("params.yaml"))
 ROWS = generate(seed=4, count=300)
-TICKETS = {prompt_id(row.prompt): row.ticket for row in ROWS}
+TICKETS = {prompt_id(single(row.prompt)): row.ticket for row in ROWS}
 
 
 def samples_of(number: int) -> Samples:
@@ -33,15 +35,29 @@ def samples_of(number: int) -> Samples:
         demonstrate(row.ticket, PARAMS.labelers[(number + k) % 5], random.Random(f"{number} {k}"), 63)[0]
         for k in range(4)
     ]
-    return Samples(id=prompt_id(row.prompt), prompt=row.prompt, responses=replies, ended=[True] * 4)
+    prompt = single(row.prompt)
+    return Samples(id=prompt_id(prompt), prompt=prompt, responses=replies, ended=[True] * 4)
 
 
 SAMPLES = [samples_of(number) for number in range(len(ROWS))]
 
 
-def run_stage(root: Path, samples: list[Samples], params: Params = PARAMS) -> tuple[list[Ranking], dict[str, Any]]:
+def run_stage(
+    root: Path,
+    samples: list[Samples],
+    params: Params = PARAMS,
+    votes: list[Vote] | None = None,
+    recorded: list[RecordedRanking] | None = None,
+    apart: list[RecordedRanking] | None = None,
+) -> tuple[list[Ranking], dict[str, Any]]:
+    write_rows(root / "data/labels/arena.jsonl", votes or [])
     write_rows(root / "data/collected/samples/samples.jsonl", samples)
-    write_rows(root / "data/prepared/tickets.jsonl", [PromptTicket(id=id, ticket=t) for id, t in TICKETS.items()])
+    write_rows(root / "data/prepared/rankings/reward.jsonl", recorded or [])
+    write_rows(root / "data/prepared/rankings/eval.jsonl", apart or [])
+    write_rows(
+        root / "data/prepared/facts.jsonl",
+        [PromptFacts(id=id, source="tickets", ticket=t) for id, t in TICKETS.items()],
+    )
     stage = Stage(load_stages()["rank"], params, Mock(), root=root)
     run(stage)
     stage.commit()
@@ -53,10 +69,27 @@ def marks_of(row: Samples | Ranking) -> Marks:
     return [run_checks(response, TICKETS[row.id]) for response in row.responses]
 
 
+def test_a_second_opinion_is_another_labelers() -> None:
+    """Two labelers without noise who see the same agree always; one alone has nobody to agree with."""
+    exact = PARAMS.labelers[0].model_copy(update={"temperature": 0.0, "just_noticeable": 0.0})
+    twins = [exact, exact.model_copy(update={"id": "twin"})]
+    marks = {row.id: marks_of(row) for row in SAMPLES[:40]}
+    opinions = second_opinions(SAMPLES[:40], marks, twins, seed=1)
+    rankings = [rank_samples(row, marks[row.id], twins, 1, 0.0) for row in SAMPLES[:40]]
+    assert agreement(rankings, opinions) == 1.0
+    contrary = {id: [-score for score in scores] for id, scores in opinions.items()}
+    assert agreement(rankings, contrary) == 0.0
+
+
+def test_one_labeler_agrees_with_nobody(tmp_path: Path) -> None:
+    _, metrics = run_stage(tmp_path, SAMPLES, PARAMS.model_copy(update={"labelers": PARAMS.labelers[:1]}))
+    assert metrics["labelers_agreement"] is None
+
+
 def ranking(ranks: list[int]) -> Ranking:
     n = len(ranks)
     return Ranking(
-        id="p", prompt="?", responses=["r"] * n, ended=[True] * n, ranks=ranks, labeler="ada", held_out=False
+        id="p", prompt=single("?"), responses=["r"] * n, ended=[True] * n, ranks=ranks, labeler="ada", held_out=False
     )
 
 
@@ -69,6 +102,7 @@ def test_rankings_and_their_report(tmp_path: Path) -> None:
     assert metrics["held_out_prompts"] / 300 == pytest.approx(0.2, abs=0.07)
     assert 0.94 < metrics["noise_ceiling_train"] < 0.99
     assert 0.9 < metrics["noise_ceiling"] <= 1
+    assert 0.7 < metrics["labelers_agreement"] < metrics["noise_ceiling_train"], "two noisy opinions, not one"
 
 
 def test_noisy_rankings_agree_with_the_marks_in_19_of_20_pairs(tmp_path: Path) -> None:
@@ -130,3 +164,157 @@ def test_held_out_share_of_zero(tmp_path: Path) -> None:
     rows, metrics = run_stage(tmp_path, SAMPLES[:20], params)
     assert not any(row.held_out for row in rows)
     assert metrics["noise_ceiling"] is None
+
+
+# ---- votes of the arena ----
+
+
+def vote(prompt: Conversation, ranks: list[int]) -> Vote:
+    return Vote(
+        id=prompt_id(prompt),
+        prompt=prompt,
+        responses=["dear Ann", "no"],
+        ended=[True, False],
+        ranks=ranks,
+        labeler="Ann",
+        held_out=False,
+        models=["policy/3", "sft/3"],
+        seed=7,
+        shown_at="2026-11-22T23:23:38+00:00",
+    )
+
+
+def test_votes_are_further_rankings_on_the_side_of_their_prompt(tmp_path: Path) -> None:
+    without, before = run_stage(tmp_path / "without", SAMPLES[:20])
+    simulated = (tmp_path / "without/data/collected/rankings/rankings.jsonl").read_bytes()
+    votes = [vote(row.prompt, [1, 2]) for row in SAMPLES[:20]] + [vote(single(f"mine {n}"), [1, 1]) for n in range(20)]
+    rows, metrics = run_stage(tmp_path / "with", SAMPLES[:20], votes=votes)
+
+    assert (tmp_path / "with/data/collected/rankings/rankings.jsonl").read_bytes().startswith(simulated)
+    taken = rows[20:]
+    assert [row.held_out for row in taken[:20]] == [row.held_out for row in without]
+    assert {row.held_out for row in taken[20:]} == {True, False}
+    assert all(
+        row.model_dump(exclude={"held_out"}) == own.model_dump(exclude={"held_out", "models", "seed", "shown_at"})
+        for row, own in zip(taken, votes, strict=True)
+    )
+    assert (before["votes"], metrics["votes"]) == (0, 40)
+    assert {**metrics, "votes": 0} == before, "the other figures are of the simulated labelers"
+
+
+def test_a_torn_vote_is_named_by_file_and_line(tmp_path: Path) -> None:
+    run_stage(tmp_path, SAMPLES[:20], votes=[vote(single("mine"), [1, 2])])
+    with (tmp_path / "data/labels/arena.jsonl").open("a") as file:
+        file.write('{"id": "0123')
+    with pytest.raises(UserError, match=r"arena\.jsonl, line 2"):
+        run(Stage(load_stages()["rank"], PARAMS, Mock(), root=tmp_path))
+
+
+def test_a_vote_on_a_text_as_it_was_recorded_before_conversations(tmp_path: Path) -> None:
+    run_stage(tmp_path, SAMPLES[:20])
+    old = vote(single("mine"), [1, 2]).model_dump() | {"prompt": "mine"}
+    (tmp_path / "data/labels/arena.jsonl").write_text(json.dumps(old) + "\n")
+    assert read_rows(tmp_path / "data/labels/arena.jsonl", Vote) == [vote(single("mine"), [1, 2])]
+
+
+def test_samples_without_a_ticket_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Simulated people know support tickets alone."""
+    foreign = [SAMPLES[0].model_copy(update={"id": "foreign"})]
+    alone, _ = run_stage(tmp_path / "alone", SAMPLES[:20])
+    rows, metrics = run_stage(tmp_path / "both", foreign + SAMPLES[:20])
+    assert rows == alone
+    assert (metrics["without_ticket"], metrics["prompts"]) == (1, 20)
+    with pytest.raises(UserError, match=r"rank\.labeler is `simulated`, and none of the 1 sampled prompts"):
+        run_stage(tmp_path / "none", foreign)
+
+
+# ---- recorded rankings ----
+
+RECORDED_PARAMS = PARAMS.model_copy(update={"rank": PARAMS.rank.model_copy(update={"labeler": "recorded"})})
+
+
+def of_person(labeler: str, responses: list[str], ranks: list[int], prompt: Conversation) -> RecordedRanking:
+    return RecordedRanking(id=prompt_id(prompt), prompt=prompt, responses=responses, ranks=ranks, labeler=labeler)
+
+
+def test_recorded_rankings_are_held_out_by_the_split_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Near-duplicates are within a split: all of reward is trained on, all of eval held out, whatever the share."""
+
+    def of_one(user: str, count: int) -> list[RecordedRanking]:
+        return [of_person("ann", ["a", "b"], [1, 2], single(f"{user}, {n}. time")) for n in range(count)]
+
+    training, apart = of_one("ann", 20), of_one("bo", 3)
+    votes = [vote(row.prompt, [1, 2]) for row in (*training, *apart)] + [
+        vote(single(f"mine {n}"), [1, 1]) for n in range(20)
+    ]
+    for share in (0.0, 0.5):
+        settings = RECORDED_PARAMS.rank.model_copy(update={"held_out_share": share})
+        rows, metrics = run_stage(
+            tmp_path / str(share), [], PARAMS.model_copy(update={"rank": settings}), votes, training, apart
+        )
+        assert [row.held_out for row in rows[:23]] == [False] * 20 + [True] * 3
+        assert [row.prompt for row in rows[:23]] == [row.prompt for row in (*training, *apart)]
+        # a vote goes with the rankings of its prompt; of others nobody knows what they are near to
+        assert [row.held_out for row in rows[23:]] == [False] * 20 + [True] * 3 + [False] * 20
+        assert (metrics["prompts"], metrics["held_out_prompts"], metrics["rankings"]) == (23, 3, 23)
+    assert "held_out_share" not in capsys.readouterr().out
+
+
+def test_recorded_rankings_of_one_split_are_all_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Conversations, another number of responses for each, one row twice, two rankings of a prompt; and a vote.
+
+    The split eval has none, so they are held out by the share, and that is said.
+    """
+    given = [of_person("ann", ["a", "b", "c"][: 2 + n % 2], [1, 2, 2][: 2 + n % 2], single(f"p{n}")) for n in range(30)]
+    given += [
+        given[0],
+        of_person("bo", ["x", "y"], [2, 1], single("p0")),
+        of_person("bo", ["b", "a"], [1, 2], CONVERSATION),
+    ]
+    rows, metrics = run_stage(tmp_path, [], RECORDED_PARAMS, [vote(single("p0"), [1, 2])], given)
+    assert [RecordedRanking(**row.model_dump(include=set(RecordedRanking.model_fields))) for row in rows[:-1]] == given
+    assert all(row.ended == [True] * len(row.responses) for row in rows[:-1])
+    sides = {row.id: {other.held_out for other in rows if other.id == row.id} for row in rows}
+    assert all(len(side) == 1 for side in sides.values()), "all rankings of a prompt are on one side"
+    held_out = [id for id, side in sides.items() if side == {True}]
+    assert metrics == {
+        "prompts": 31,
+        "held_out_prompts": len(held_out),
+        "rankings": 33,
+        "pairs": 15 * 1 + 15 * 3 + 3,
+        "ties": 15,
+        "votes": 1,
+        "labelers_agreement": None,
+        "noise_ceiling": None,
+        "noise_ceiling_train": None,
+        "without_ticket": 0,
+    }
+    assert 0 < len(held_out) < 31
+    assert "the split eval has no rankings, so rank.held_out_share of the prompts" in capsys.readouterr().out
+
+
+def test_agreement_among_labelers_by_hand() -> None:
+    def row(labeler: str, responses: list[str], ranks: list[int]) -> Ranking:
+        return Ranking(
+            **of_person(labeler, responses, ranks, single("p")).model_dump(), ended=[True] * len(ranks), held_out=False
+        )
+
+    ann = row("ann", ["a", "b", "c"], [1, 2, 3])
+    # (a, b) and (a, c) alike; ann's (b, c) is bo's tie, which is half; bo's own pairs are two, both alike
+    bo = row("bo", ["c", "a", "b"], [2, 1, 2])
+    assert agreement_among([ann, bo]) == pytest.approx((2 + 0.5 + 2) / 5)
+    assert agreement_among([bo, ann]) == agreement_among([ann, bo])
+    assert agreement_among([ann, row("bo", ["c", "b", "a"], [1, 2, 3])]) == 0.0
+    assert agreement_among([ann, ann, row("bo", ["a", "b"], [1, 2])]) is None, (
+        "herself, and another choice of responses"
+    )
+
+
+def test_without_recorded_rankings_it_is_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`recorded`, and .*reward\.jsonl holds no rankings.*data\.sources"):
+        run_stage(tmp_path, [], RECORDED_PARAMS)
+    rows = [of_person("ann", ["a", "b"], [1, 2], CONVERSATION)] * 3
+    with pytest.raises(UserError, match=r"reward\.jsonl holds no rankings; eval\.jsonl beside it holds 3\. .*`splits`"):
+        run_stage(tmp_path, [], RECORDED_PARAMS, apart=rows)
+    with pytest.raises(UserError, match=r"of 1 ranked prompts leaves no prompt on one side\. Give the split eval"):
+        run_stage(tmp_path, [], RECORDED_PARAMS, recorded=rows)

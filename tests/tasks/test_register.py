@@ -12,32 +12,45 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from tasks import registry
-from tasks.datasets import SideBySide
+from tasks.conversations import Conversation
+from tasks.datasets import SideBySide, write_rows
 from tasks.lineage import hash_path
-from tests.tiny import shell, tiny_model_dir, tiny_repo
+from tasks.register import against
+from tests.tiny import CONVERSATION, shell, tiny_model_dir, tiny_repo
 
 ROOT = Path(__file__).parents[2]
 IMPORTS_PYFUNC = pytest.mark.filterwarnings("ignore:.*[Tt]ype hint:UserWarning")  # MLflow warns of its own code
 RESPONSES = ["we are sorry", "dear customer will"]
 MODELS = ("sft", "reward", "policy")
 EVALUATION: dict[str, Any] = {
-    "gold": {"base": 0.3, "sft": 0.5, "policy": 0.75, "gain": 0.25},
+    "prompts": 40,
+    "gold": {"base": 0.3, "sft": 0.5, "policy": 0.75, "gain": 0.25, "prompts": 40},
+    "score": {"base": -3.0, "sft": 0.5, "policy": 2.0, "gain": 1.5},
+    "overrated": 0.05,
     "win_rate": 0.8,
     "win_rate_low": 0.7,
     "kl": 3.5,
     "fluency": {"base": -3.0, "sft": -2.5, "policy": -2.4},
     "length": {"base": 50.0, "sft": 40.0, "policy": 38.0},
     "ended": {"base": 0.2, "sft": 0.8, "policy": 1.0},
+    "repetition": {"base": 0.0, "sft": 0.02, "policy": 0.03},
+    "relevance": {"base": 0.1, "sft": 0.5, "policy": 0.6},
+    "score_win_rate": 0.85,
+    "score_win_rate_low": 0.78,
+    "overoptimisation": {"kept_update": 8, "gold_peak_update": 6.0, "turned_down": 1.0},
 }
 REPORTS = {
     "prepare": {"prepare": {"failed_checks": 0}},
     "reward": {"reward": {"accuracy": 0.8, "calibration_error": 0.05}},
     "evaluation": EVALUATION,
+    "judge": {"judge": {"used": 0}},
 }
+BY_GOLD = ("gold", "win_rate", "win_rate_low", "overrated")
 SAMPLES = "data/reports/evaluation/samples.jsonl"
 
 
@@ -56,17 +69,21 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_reports(folder: Path, gold: float = 0.75, **evaluation: Any) -> None:
-    """The reports that gates read, and 40 answers to held-out prompts with a gold score, put into DVC's cache."""
-    reports = REPORTS | {"evaluation": EVALUATION | evaluation}
+def write_reports(folder: Path, gold: float | None = 0.75, score: float = 1.0, **evaluation: Any) -> None:
+    """The reports that gates read, and 40 answers to held-out prompts with their scores, put into DVC's cache."""
+    figures = EVALUATION | evaluation
+    if gold is None:
+        figures = {name: figure for name, figure in figures.items() if name not in BY_GOLD}
+        figures["overoptimisation"] = {"kept_update": 8}
+    reports = REPORTS | {"evaluation": figures}
     for name, report in reports.items():
         file = folder / f"data/reports/{name}/metrics.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report))
-    rows = [
-        SideBySide(prompt=f"p{n}", base="a", sft="b", policy="c", scores={"gold.policy": gold + 0.001 * n})
-        for n in range(40)
-    ]
+    rows = []
+    for n in range(40):
+        marks = {"score.policy": score + n} | ({} if gold is None else {"gold.policy": gold + 0.001 * n})
+        rows.append(SideBySide(prompt=f"p{n}", base="a", sft="b", policy="c", scores=marks))
     (folder / SAMPLES).write_text("".join(row.model_dump_json() + "\n" for row in rows))
     md5 = hash_path(folder / SAMPLES)  # as DVC would; it refuses here, where models are `.dvc` files and stages' outs
     cached = folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
@@ -129,6 +146,24 @@ def test_versions_bear_hash_alias_and_figures(repo: Path) -> None:
         assert client.get_run(model.run_id).info.run_name == "register"
 
 
+def test_the_run_and_the_version_say_what_happened(repo: Path) -> None:
+    client = client_of(repo)
+    version = client.get_model_version("policy", "1")
+    run = client.get_run(version.run_id)
+    note = run.data.tags["mlflow.note.content"]
+    assert client.get_run(run.data.tags["mlflow.parentRunId"]).data.tags["mlflow.note.content"] == note
+    lines = note.splitlines()
+    assert len(lines) == 5
+    assert lines[0] == (
+        "- **Policy against SFT**: win rate 80% by the gold score on 40 prompts; its gold gained 0.25: 0.75 (SFT 0.5)."
+    )
+    assert "KL 3.5 nats an answer; length 38 (SFT 40) tokens" in lines[1]
+    assert "80% of held-out pairs as the labelers did; their noise allows not measured" in lines[2]
+    assert lines[3].endswith("kept after update 8; gold was highest after update 6 and has come down since.")
+    assert lines[4] == "- **Gates**: all 12 passed. policy/1: promoted."
+    assert all(line in version.description for line in lines[:4])
+
+
 def test_no_weights_are_copied(repo: Path) -> None:
     stored = [file for file in (repo / "mlartifacts").rglob("*") if file.is_file()]
     assert not [file for file in stored if file.suffix == ".safetensors"]
@@ -162,7 +197,7 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     assert first.tags["gates.rival"] == ""
     assert first.tags["gate.reward_accuracy"] == "0.8, at least 0.65 asked: passed"
     assert first.tags["champion.author"] == "gates"
-    assert "- win_rate_low: 0.7, at least 0.55 asked: passed" in first.description
+    assert "- win_rate_low: 0.7 by the gold score on 40 prompts, at least 0.55 asked: passed" in first.description
     assert {str(client_of(repo).get_model_version_by_alias(name, "champion").version) for name in MODELS} == {"1"}
 
     # 2. another policy, no better than the champion on the same prompts
@@ -170,6 +205,8 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     registered = register(repo)
     assert registered["policy"]["version"] == "2"
     assert registered["champion"] == "refused: champion_win_rate_low"
+    duel = registered["against_champion"]
+    assert (duel["version"], duel["prompts"], duel["win"], duel["tie"], duel["loss"]) == ("1", 40, 0.0, 1.0, 0.0)
     assert str(policy_of(repo, "candidate").version) == "2"
     assert str(policy_of(repo, "champion").version) == "1"
     refused = policy_of(repo, "candidate")
@@ -182,7 +219,9 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     champion = policy_of(repo, "champion")
     assert str(champion.version) == "2"
     assert champion.tags["champion.replaced"] == "1"
-    assert champion.tags["gate.champion_win_rate_low"] == "1, at least 0.51 asked: passed"
+    assert (
+        champion.tags["gate.champion_win_rate_low"] == "1 by the gold score on 40 prompts, at least 0.51 asked: passed"
+    )
     assert str(client_of(repo).get_model_version_by_alias("sft", "champion").version) == "1"
 
     # 4. again: the same file, held against the same rival
@@ -243,6 +282,96 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     assert register(repo)["policy"]["version"] == "1"
 
 
+def test_without_a_gold_score_a_person_decides_what_nobody_could_judge(repo: Path, tmp_path: Path) -> None:
+    """In a life of its own: the repository of a team whose prompts have no tickets."""
+    own = tmp_path / "own"
+    shutil.copytree(repo, own, symlinks=True)
+    (own / "mlflow.db").unlink()
+
+    # 1. the first: the reward model alone finds it better than the SFT model, and nobody can say whether it is fooled
+    write_reports(own, gold=None)
+    done = run_register(own)
+    assert done.returncode == 0, done.stderr
+    itself = "the reward model (which proves little: the policy was trained to please it) on 40 prompts"
+    assert f"gate win_rate_low: 0.78 by {itself}, at least 0.55 asked: passed" in done.stdout
+    assert "gate reward_hacking: not measured (there is neither a gold score nor a judge" in done.stdout
+    assert "policy/1: waits for approval" in done.stdout
+    assert 'make promote VERSION=policy/1 REASON="..."' in done.stdout
+    client = client_of(own)
+    version = policy_of(own, "candidate")
+    assert registry.champion(client) is None
+    assert (version.tags["gates.failed"], version.tags["gates.open"]) == ("", "reward_hacking")
+    assert registry.through_gates(version) == "not measured: reward_hacking"
+    assert version.description.startswith("1 could not be measured.")
+    run = client.get_run(version.run_id)
+    note = run.data.tags["mlflow.note.content"]
+    assert f"win rate 85% by {itself}; its score gained 1.5: 2 (SFT 0.5). There is no gold score: these prompts" in note
+    assert "kept after update 8; gold was not measured on the way." in note
+    assert "gate/reward_hacking" not in run.data.metrics
+    assert "nan" not in note.lower()
+
+    # 2. a judge can say
+    verdicts = {"pairs": 30, "win_rate": 0.75, "win_rate_low": 0.6, "win_rate_high": 0.9}
+    (own / "data/reports/judge/metrics.json").write_text(
+        json.dumps({"judge": {"used": 1, "versus": {"sft": verdicts, "base": {"pairs": 0}}}})
+    )
+    registered = register(own)
+    assert registered["champion"] == "promoted"
+    assert registered["gates"]["win_rate_low"] == {
+        **{"value": 0.6, "at_least": 0.55, "passed": True, "by": "the judge on 30 prompts"}
+    }
+    assert registered["gates"]["reward_hacking"]["value"] == pytest.approx(0.1)
+
+    # 3. another policy of the same reward model is held against the champion by that
+    judge = (own / "data/reports/judge/metrics.json").read_text()
+    change_policy(own, "\n")
+    write_reports(own, gold=None, score=0.5)
+    (own / "data/reports/judge/metrics.json").write_text(judge)
+    registered = register(own)
+    assert registered["champion"] == "refused: champion_win_rate_low"
+    assert registered["against_champion"]["by"] == itself
+    assert registered["against_champion"]["loss"] == 1.0
+
+    # 4. with another reward model there is no common measure
+    config = own / "data/models/reward/config.json"
+    shell(own, "dvc", "unprotect", "data/models/reward")
+    config.write_text(config.read_text() + "\n")
+    registered = register(own)
+    assert registered["champion"] == "waits for approval"
+    assert registered["gates"]["champion_win_rate_low"]["value"] is None
+    assert registered["against_champion"] == {
+        **{"version": "1", "open": "no gold score, and policy/1 was scored by another reward model"}
+    }
+
+
+@IMPORTS_PYFUNC
+@pytest.mark.parametrize(("golden", "win_rate", "same"), [(20, 1.0, False), (19, 0.0, True), (19, None, False)])
+def test_a_few_gold_scores_do_not_decide_between_two_policies(
+    monkeypatch: pytest.MonkeyPatch, golden: int, win_rate: float | None, same: bool
+) -> None:
+    """Gold finds the policy better on each of 40 prompts that has it, the reward model finds it worse everywhere."""
+
+    def answers(gold: float, score: float) -> list[SideBySide]:
+        scores = [{"score.policy": score} | ({"gold.policy": gold} if n < golden else {}) for n in range(40)]
+        return [SideBySide(prompt=f"p{n}", base="", sft="", policy="", scores=marks) for n, marks in enumerate(scores)]
+
+    def fetch(_md5: str, _path: str, _stores: object, file: Path) -> None:
+        write_rows(file, answers(gold=0.2, score=1.0))
+
+    monkeypatch.setattr("tasks.registered_model.fetch_object", fetch)
+    rival = Mock(version="1", tags={})
+    found = against(rival, answers(gold=0.8, score=0.0), [], seed=1, same_reward_model=same)
+    assert found is not None
+    assert found.get("win_rate") == win_rate
+    few = "the gold score has 19 of the 20 prompts that it needs"
+    itself = "the reward model (which proves little: the policy was trained to please it) on 40 prompts"
+    assert (found.get("by"), found.get("open")) == {
+        1.0: ("the gold score on 20 prompts", None),
+        0.0: (f"{itself} ({few})", None),
+        None: (None, f"{few}, and policy/1 was scored by another reward model"),
+    }[win_rate]
+
+
 def test_loads_by_alias_from_another_process_and_folder(repo: Path, tmp_path: Path) -> None:
     code = (
         "policy = mlflow.pyfunc.load_model('models:/policy@candidate')\n"
@@ -250,11 +379,16 @@ def test_loads_by_alias_from_another_process_and_folder(repo: Path, tmp_path: Pa
         "prompts = ['your order is late', 'hello']\n"
         "pairs = pandas.DataFrame({'prompt': prompts, 'response': ['we are sorry', 'dear customer will']})\n"
         "print(json.dumps([policy.predict(prompts), policy.predict(pairs[['prompt']]), reward.predict(pairs)]))\n"
+        f"talk = {CONVERSATION}\n"
+        "table = pandas.DataFrame({'prompt': [talk, 'hello'], 'response': ['we are sorry'] * 2})\n"
+        "print(json.dumps([policy.predict([talk, 'hello']), policy.predict(talk), policy.predict(table[['prompt']]),\n"
+        "                  reward.predict(table)]))\n"
         "reward.predict(prompts)\n"
     )
     done = elsewhere(repo, tmp_path, code)
     assert "must be a DataFrame with the columns prompt, response" in done.stderr
-    replies, same_replies, scores = json.loads(done.stdout)
+    of_texts, of_conversations = map(json.loads, done.stdout.splitlines())
+    replies, same_replies, scores = of_texts
     prompts = ["your order is late", "hello"]
     assert replies == same_replies == [greedy_reply(repo / "data/models/policy", prompt) for prompt in prompts]
     assert scores == pytest.approx(
@@ -262,8 +396,15 @@ def test_loads_by_alias_from_another_process_and_folder(repo: Path, tmp_path: Pa
         abs=1e-5,
     )
 
+    both, alone, in_table, scores = of_conversations
+    assert both == in_table == [greedy_reply(repo / "data/models/policy", prompt) for prompt in (CONVERSATION, "hello")]
+    assert alone == both[:1]
+    assert scores == pytest.approx(
+        [score(repo / "data/models/reward", prompt, "we are sorry") for prompt in (CONVERSATION, "hello")], abs=1e-5
+    )
 
-def greedy_reply(folder: Path, prompt: str) -> str:
+
+def greedy_reply(folder: Path, prompt: str | Conversation) -> str:
     """One prompt, one token after another, without padding."""
     import torch
 
@@ -280,7 +421,7 @@ def greedy_reply(folder: Path, prompt: str) -> str:
     return reply
 
 
-def score(folder: Path, prompt: str, response: str) -> float:
+def score(folder: Path, prompt: str | Conversation, response: str) -> float:
     import torch
 
     from tasks.models import encode_prompt, encode_response, load_scalar_model, load_tokenizer

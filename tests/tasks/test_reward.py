@@ -3,6 +3,7 @@ on and ends with the same bits."""
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from itertools import combinations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tasks.checkpoints import Checkpoints
+from tasks.conversations import single
 from tasks.datasets import Demonstration, Ranking, write_json, write_rows
 from tasks.lineage import load_stages
 from tasks.models import centred_scores, encode_prompt, encode_response, load_scalar_model, load_tokenizer, pack
@@ -23,6 +25,7 @@ from tasks.reward import (
     init_head,
     kwise_loss,
     measure,
+    pack_ranking,
     pair_accuracy,
     run,
     shuffled_batches,
@@ -30,9 +33,11 @@ from tasks.reward import (
     train,
     warmup_cosine,
 )
+from tasks.reward_report import PROBES
 from tasks.stage import Stage, UserError
+from tasks.tracking import Tracker
 from tests.killing import kill_and_finish, written_by
-from tests.tiny import tiny_model_dir
+from tests.tiny import CONVERSATION, IN_CHATML, give_fingerprint, tiny_model_dir
 
 DEFAULTS = load_params(Path("params.yaml"))
 REWARD = DEFAULTS.reward.model_copy(
@@ -47,7 +52,7 @@ def ranking(number: int, *, held_out: bool = False) -> Ranking:
     sorry = [(number * 7 + k * 3) % 4 for k in range(3)]
     return Ranking(
         id=f"p{number}",
-        prompt=f"hello your {wishes} {number}",
+        prompt=single(f"hello your {wishes} {number}"),
         responses=[f"dear {wishes} " + "sorry " * times + "by monday" for times in sorry],
         ended=[True, True, number % 5 > 0],
         ranks=[1 + sum(other > times for other in sorry) for times in sorry],
@@ -61,7 +66,7 @@ def all_tied(number: int) -> Ranking:
 
 
 DEMONSTRATIONS = [
-    Demonstration(id=f"d{n}", prompt=f"hello ticket {n}", response=f"we are sorry {'will ' * n}", labeler="ada")
+    Demonstration(id=f"d{n}", prompt=single(f"hello ticket {n}"), response=f"we are sorry {'will ' * n}", labeler="ada")
     for n in range(8)
 ]
 
@@ -174,9 +179,9 @@ def test_training_learns_what_can_be_learned(sft: Path, tmp_path: Path, trainabl
     tracker = Mock()
     model.config.score_bias = 0.0
     fresh = [ranking(number) for number in range(100, 120)]
-    start = measure(model, tokenizer, fresh, 1)
+    start, _ = measure(model, tokenizer, fresh, 1)
     history = train(model, tokenizer, rankings, params, 1, tracker, Checkpoints(tmp_path, fingerprint="test"))
-    end = measure(model, tokenizer, fresh, 1)
+    end, _ = measure(model, tokenizer, fresh, 1)
     assert [row["step"] for row in history] == list(range(1, 49))
     assert tracker.metrics.call_count == 48
     assert history[-1]["accuracy"] == 1 > history[0]["accuracy"]
@@ -221,6 +226,7 @@ def lay_out(root: Path, sft: Path, rankings: list[Ranking] = RANKINGS) -> Path:
     write_json(root / "data/reports/rank/metrics.json", {"rank": {"noise_ceiling": 0.9}})
     (root / "data/models").mkdir(parents=True)
     (root / "data/models/sft").symlink_to(sft)
+    give_fingerprint(sft, root / "data/collected/demonstrations")
     return root
 
 
@@ -274,6 +280,17 @@ def test_the_report(stage_root: Path) -> None:
     assert report["noise_ceiling"] == 0.9
     assert report["accuracy_low"] <= report["accuracy"] <= report["accuracy_high"]
     assert report["accuracy"] > 0.6
+    tables = {
+        name: (stage_root / f"data/reports/reward/{name}.csv").read_text().splitlines()[1:]
+        for name in ("slices", "reliability", "probes", "scores")
+    }
+    assert sum(int(line.split(",")[0]) for line in tables["reliability"]) == report["held_out_pairs"]
+    assert {line.partition(":")[0] for line in tables["slices"]} == {
+        *("rank distance", "labeler", "prompt length", "the better one is"),
+    }
+    assert [line.partition(",")[0] for line in tables["probes"]] == list(PROBES)
+    sources = [line.partition(",")[0] for line in tables["scores"]]
+    assert (sources.count("demonstrations"), sources.count("samples")) == (6, 24)
     # three epochs of five steps; train_accuracy is of the last
     lines = (stage_root / "data/reports/reward/history.csv").read_text().splitlines()
     assert len(lines) == 16
@@ -321,6 +338,69 @@ def test_both_sides_must_have_an_order(sft: Path, tmp_path: Path, rankings: list
     with pytest.raises(UserError, match=rf"{counts} have an order; .*\n?.*rank\.held_out_share"):
         run_stage(lay_out(tmp_path, sft, rankings))
     assert not (tmp_path / "data/models/reward").exists()
+
+
+def test_votes_between_two_answers_train_and_are_measured_beside_rankings(sft: Path, tmp_path: Path) -> None:
+    """Two responses beside three, a second ranking of a prompt, a tie of all; on both sides."""
+    votes = [
+        ranking(number, held_out=number >= 20).model_copy(
+            update={"responses": ["dear sorry", "dear"], "ended": [True, False], "ranks": ranks, "labeler": "Ann, 2"}
+        )
+        for number in (0, 1, 20, 21)
+        for ranks in ([1, 2], [1, 1])
+    ]
+    run_stage(lay_out(tmp_path, sft, RANKINGS + votes))
+    report = json.loads((tmp_path / "data/reports/reward/metrics.json").read_text())["reward"]
+    assert (report["train_prompts"], report["held_out_prompts"], report["all_tied_prompts"]) == (20, 8, 6)
+    assert report["held_out_pairs"] == sum(3 - tied_pairs(row) for row in RANKINGS[20:28]) + 2
+    assert report["tied_pairs"] == sum(tied_pairs(row) for row in RANKINGS) + 4
+    assert math.isfinite(report["loss"])
+    with (tmp_path / "data/reports/reward/slices.csv").open(newline="") as file:
+        pairs = {row["slice"]: int(row["pairs"]) for row in csv.DictReader(file)}
+    assert pairs["labeler: Ann, 2"] == 2
+
+
+def test_rankings_as_people_bring_them(sft: Path, tmp_path: Path) -> None:
+    """Conversations, two to five responses, one row twice, several rankings of a prompt, and no noise ceiling."""
+
+    def brought(number: int, count: int, labeler: str, *, held_out: bool) -> Ranking:
+        prompt = [*CONVERSATION[:3], *single(f"and order {number}?")]
+        responses = ["sorry " * times for times in range(count)]
+        ranks = [count - times for times in range(count)]
+        return Ranking(
+            id=f"p{number}",
+            prompt=prompt,
+            responses=responses,
+            ended=[True] * count,
+            ranks=ranks,
+            labeler=labeler,
+            held_out=held_out,
+        )
+
+    rows = [brought(number, 2 + number % 4, "ann", held_out=number >= 8) for number in range(12)]
+    rows += [rows[0], rows[0], brought(8, 3, "bo", held_out=True)]
+    root = lay_out(tmp_path, sft, rows)
+    write_json(root / "data/reports/rank/metrics.json", {"rank": {"noise_ceiling": None}})
+    events: list[dict[str, Any]] = []
+    run_stage(root, Tracker.in_memory(events))
+    report = json.loads((root / "data/reports/reward/metrics.json").read_text())["reward"]
+    assert (report["train_prompts"], report["held_out_prompts"]) == (8, 4)
+    # pairs of 2, 3, 4 and 5 responses, and of bo's 3
+    assert report["held_out_pairs"] == 1 + 3 + 6 + 10 + 3
+    assert report["noise_ceiling"] is None
+    logged = {name for event in events if event["kind"] == "metrics" for name in event["values"]}
+    assert "reward/accuracy" in logged
+    assert "reward/noise_ceiling" not in logged
+    with (root / "data/reports/reward/slices.csv").open(newline="") as file:
+        prompts = {row["slice"]: int(row["prompts"]) for row in csv.DictReader(file)}
+    assert (prompts["labeler: ann"], prompts["labeler: bo"]) == (4, 1)
+
+
+def test_a_conversation_is_scored_whole(sft: Path) -> None:
+    tokenizer = load_tokenizer(sft)
+    packed = pack_ranking(tokenizer, ranking(1).model_copy(update={"prompt": CONVERSATION}))
+    prompt = packed.inputs[packed.blocks == 0].tolist()
+    assert prompt == tokenizer(IN_CHATML, add_special_tokens=False).input_ids
 
 
 # ---- resuming ----

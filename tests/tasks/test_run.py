@@ -239,6 +239,8 @@ def change_param(name: str) -> None:
         (lambda: None, True),
         (lambda: change_param("seed"), False),
         (lambda: change_param("bootstrap_samples"), True),  # the stage does not declare it
+        (lambda: change_param("concurrency"), False),
+        (lambda: change_param("pairs"), True),  # of `judge` it declares another key alone
         (lambda: Path("data/in/rows").write_text("others"), False),
         (lambda: Path("data/in/rows").rename("data/in/lines"), False),
         (lambda: Path("data/in/more").write_text(""), False),
@@ -251,8 +253,9 @@ def change_param(name: str) -> None:
 def test_it_resumes_where_nothing_has_changed_that_it_depends_on(
     toy: Callable[[Work], int], change: Callable[[], None], resumes: bool
 ) -> None:
-    deps = Path("dvc.yaml")
-    deps.write_text(deps.read_text().replace("[data/in]", "[data/in, tasks/toy.py]"))
+    declared = Path("dvc.yaml").read_text()
+    declared = declared.replace("[data/in]", "[data/in, tasks/toy.py]").replace("[seed]", "[seed, judge.concurrency]")
+    Path("dvc.yaml").write_text(declared)
     Path("data/in").unlink()
     Path("data/in/__pycache__").mkdir(parents=True)
     Path("data/in/rows").write_text("input")

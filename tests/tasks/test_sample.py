@@ -10,16 +10,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from tasks.conversations import single
 from tasks.datasets import Prompt, Samples, prompt_id, read_rows, write_rows
 from tasks.lineage import load_stages
 from tasks.models import load_language_model, load_tokenizer, save_model
 from tasks.params import Params, load_params
 from tasks.sample import run, sample_responses
 from tasks.stage import Stage, UserError
-from tests.tiny import tiny_model_dir
+from tests.tiny import CONVERSATION, give_fingerprint, tiny_model_dir
 
 TEXTS = ["hello dear", "your order is late", "refund", "we are sorry and will refund it by monday", "ticket 7", "is it"]
-PROMPTS = [Prompt(id=prompt_id(text), prompt=text) for text in TEXTS]
+PROMPTS = [Prompt(id=prompt_id(single(text)), prompt=single(text)) for text in TEXTS]
 DEFAULTS = load_params(Path("params.yaml"))
 
 
@@ -94,13 +95,22 @@ def test_without_a_difference_there_is_nothing_to_rank(folder: Path) -> None:
         sample(folder, PROMPTS[:2], params_with(temperature=1e-4))
 
 
+def test_every_turn_of_a_conversation_is_seen(folder: Path) -> None:
+    """The same random numbers, for the id is the same: what differs comes of the turns."""
+    versions = [CONVERSATION, CONVERSATION[1:], CONVERSATION[:1] + CONVERSATION[3:], CONVERSATION[3:]]
+    found = [sample(folder, [Prompt(id="one", prompt=turns)], params_with())[0][0] for turns in versions]
+    assert [row.prompt for row in found] == versions
+    assert len({tuple(row.responses) for row in found}) == 4
+
+
 # ---- stage ----
 
 
-def run_stage(root: Path, folder: Path, params: Params) -> Mock:
+def run_stage(root: Path, folder: Path, params: Params, fingerprint: Path | None = None) -> Mock:
     write_rows(root / "data/prepared/prompts/reward.jsonl", PROMPTS)
     (root / "data/models").mkdir(parents=True)
     (root / "data/models/sft").symlink_to(folder)
+    give_fingerprint(fingerprint or folder, root / "data/prepared")
     tracker = Mock()
     stage = Stage(load_stages()["sample"], params, tracker, root=root)
     run(stage)
@@ -120,7 +130,7 @@ def test_the_stage_and_its_report(folder: Path, tmp_path: Path) -> None:
     assert logged == {f"sample/{name}": value for name, value in figures.items()}
     name, table = tracker.table.call_args.args
     assert name == "samples"
-    assert table[0] == {"prompt": rows[0].prompt, "response": rows[0].responses[0]}
+    assert table[0] == {"prompt": TEXTS[0], "response": rows[0].responses[0]}
 
     torch.manual_seed(9)  # nothing depends on the global generator
     run_stage(tmp_path / "two", folder, params_with(prompts=4))
@@ -130,3 +140,21 @@ def test_the_stage_and_its_report(folder: Path, tmp_path: Path) -> None:
 def test_more_prompts_than_there_are(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sample\.prompts is 7, and the reward split has 6 prompts"):
         run_stage(tmp_path, folder, params_with(prompts=7))
+
+
+def test_nothing_is_sampled_where_rankings_are_recorded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = params_with()
+    params = params.model_copy(update={"rank": params.rank.model_copy(update={"labeler": "recorded"})})
+    run_stage(tmp_path, folder, params)
+    assert (tmp_path / "data/collected/samples/samples.jsonl").read_bytes() == b""
+    figures = json.loads((tmp_path / "data/reports/sample/metrics.json").read_text())["sample"]
+    assert figures == {"prompts": 0, "responses": 0, "duplicates_dropped": 0, "ended_share": 0}
+    assert "nothing is sampled, for rank.labeler is `recorded`" in capsys.readouterr().out
+
+
+def test_prompts_prepared_for_another_tokenizer(folder: Path, tmp_path: Path) -> None:
+    other = tiny_model_dir(tmp_path / "other", texts=["other"])
+    with pytest.raises(UserError, match=r"data/prepared: \w+, .*data/models/sft: "):
+        run_stage(tmp_path / "repo", folder, params_with(), fingerprint=other)

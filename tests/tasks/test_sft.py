@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tasks.checkpoints import Checkpoints
+from tasks.conversations import single
 from tasks.datasets import Demonstration, write_rows
 from tasks.lineage import load_stages
 from tasks.models import (
@@ -28,7 +29,7 @@ from tasks.params import Lora, Sft, load_params
 from tasks.sft import _dataset, _trainer_class, run, split_for_validation, train
 from tasks.stage import Stage, UserError
 from tests.killing import kill_and_finish
-from tests.tiny import tiny_model_dir
+from tests.tiny import CONVERSATION, IN_CHATML, give_fingerprint, tiny_model_dir
 
 DEFAULTS = load_params(Path("params.yaml"))
 SFT = DEFAULTS.sft.model_copy(
@@ -43,12 +44,13 @@ SFT = DEFAULTS.sft.model_copy(
 ROWS = [
     Demonstration(
         id=f"id{n}",
-        prompt="hello dear " * (1 + n % 3) + str(n),
+        prompt=single("hello dear " * (1 + n % 3) + str(n)),
         response=f"we are sorry {'by monday ' * (n % 4)}",
         labeler="ada",
     )
     for n in range(20)
 ]
+ROWS[8] = ROWS[8].model_copy(update={"prompt": CONVERSATION})
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +224,7 @@ def test_lora_gives_a_plain_model(base: Path, tmp_path: Path) -> None:
 def lay_out(root: Path, base: Path) -> Path:
     """The stage's inputs."""
     write_rows(root / "data/collected/demonstrations/demonstrations.jsonl", ROWS)
+    give_fingerprint(base, root / "data/collected/demonstrations")
     (root / "data/models").mkdir(parents=True)
     (root / "data/models/base").symlink_to(base)
     return root
@@ -274,6 +277,24 @@ def test_the_same_bits_twice(staged: tuple[Path, Mock], base: Path, tmp_path: Pa
     assert not any(path.suffix in {".bin", ".pt", ".pth", ".pkl"} for path in outs)
     for path in (*outs, Path("data/reports/sft/metrics.json"), Path("data/reports/sft/history.csv")):
         assert (tmp_path / path).read_bytes() == (root / path).read_bytes(), path
+
+
+def test_a_conversation_is_trained_on_whole(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    (row,) = _dataset([ROWS[8]], tokenizer)
+    text = IN_CHATML + ROWS[8].response + "<|im_end|>"
+    assert row["input_ids"] == tokenizer(text, add_special_tokens=False).input_ids
+    assert row["completion_mask"].count(1) == len(encode_response(tokenizer, ROWS[8].response))
+    assert ROWS[8] in split_for_validation(ROWS, 0.3, DEFAULTS.seed)[0], "the stage's runs train on it"
+
+
+def test_demonstrations_prepared_for_another_tokenizer(base: Path, tmp_path: Path) -> None:
+    lay_out(tmp_path / "repo", base)
+    give_fingerprint(
+        tiny_model_dir(tmp_path / "other", texts=["other"]), tmp_path / "repo/data/collected/demonstrations"
+    )
+    with pytest.raises(UserError, match=r"data/collected/demonstrations: \w+, .*data/models/base: .*`dvc repro`"):
+        run_stage(tmp_path / "repo")
 
 
 def test_too_many_trainable_layers(base: Path, tmp_path: Path) -> None:

@@ -91,4 +91,4 @@ def test_the_stage_writes_its_rows(tmp_path: Path) -> None:
     stage = Stage(load_stages()["tickets"], params, Mock(), root=tmp_path)
     run(stage)
     stage.commit()
-    assert read_rows(tmp_path / "data/raw/tickets/tickets.jsonl", RawTicket) == generate(params.seed, 7)
+    assert read_rows(tmp_path / "data/tickets/tickets.jsonl", RawTicket) == generate(params.seed, 7)

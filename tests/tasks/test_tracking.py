@@ -93,7 +93,17 @@ def log_a_stage(params: Params) -> None:
         Path("plot.txt").write_text("a plot")
         tracker.artifact(Path("plot.txt"))
         Path("plot.txt").write_text("changed later")
+        tracker.note("- it **worked**")
         tracker.outs({"data/models/sft": Path("data/models/sft")})
+
+
+def assert_on_the_pipeline(pipeline: Any) -> None:
+    """What `log_a_stage` says of the pipeline, once."""
+    points = history(pipeline)
+    assert points == {"sft/loss": [(0, 3.0), (1, 2.0), (2, 1.0)], "sft/accuracy": [(0, 0.0), (1, 0.5), (2, 1.0)]}
+    assert not [key for key in pipeline.data.metrics if key.startswith("system/")]
+    assert {key.split(".")[0] for key in pipeline.data.params} == {"seed", "sft"}
+    assert pipeline.data.tags[tracking.NOTE] == "- it **worked**"
 
 
 def stage_runs() -> list[Any]:
@@ -139,6 +149,9 @@ def assert_recorded(run: Any) -> None:
     assert run.data.tags["dvc.out.data/models/sft"] == hash_path(Path("data/models/sft"))
     assert {key.split(".")[0] for key in run.data.params} == {"seed", "sft"}
     assert "system/process_peak_memory_megabytes" in run.data.metrics
+    assert run.data.tags[tracking.NOTE] == "- it **worked**"
+    (pipeline,) = [one for one in pipeline_runs() if one.info.run_id == run.data.tags["mlflow.parentRunId"]]
+    assert_on_the_pipeline(pipeline)
 
 
 def test_a_stage_on_sqlite(workspace: Path, params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +271,26 @@ def test_a_cached_stage_is_linked_by_its_hashes(
     assert url == f"http://127.0.0.1:5000/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     (pipeline,) = [one for one in pipeline_runs() if one.data.tags["pipeline.id"] == "next"]
     assert pipeline.data.tags["cached.sft"] == run.info.run_id
+    assert_on_the_pipeline(pipeline)
+    tracking.link_cached("next", SPEC, outs)  # a second time
+    assert_on_the_pipeline(tracking.connect().get_run(pipeline.info.run_id))
     assert tracking.link_cached("next", SPEC, {"data/models/sft": "another"}) == ""
     assert tracking.stage_run_url("next", "sft") == ""
+
+
+def test_a_note_says_why_a_pipeline_failed_and_parameters_edited_meanwhile_harm_nothing(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_a_stage(params)
+    (first,) = pipeline_runs()
+    monkeypatch.setenv("RLHF_PIPELINE_ID", first.data.tags["pipeline.id"])
+    log_a_stage(params.model_copy(update={"seed": params.seed + 1}))
+    tracking.close_pipeline(first.data.tags["pipeline.id"], "FAILED", "- **ppo failed**: disk full")
+    (pipeline,) = pipeline_runs()
+    assert pipeline.data.params["seed"] == str(params.seed)
+    assert {run.data.params["seed"] for run in stage_runs()} == {str(params.seed), str(params.seed + 1)}
+    assert pipeline.data.tags[tracking.NOTE] == "- **ppo failed**: disk full"
+    assert not list(tracking.JOURNALS.iterdir())
 
 
 def test_the_flow_is_not_held_up_where_mlflow_is_down(
@@ -325,14 +356,21 @@ def test_a_metric_that_the_server_refuses_does_not_take_others_with_it(
 
 
 def test_flat_params_takes_declared_sections_alone(params: Params) -> None:
-    assert tracking.flat_params(params, ("seed", "rank", "prepare")) == {
+    assert tracking.flat_params(params, ("seed", "rank", "data", "prepare")) == {
         "seed": "1",
+        "rank.labeler": "simulated",
+        "data.sources": "[{'kind': 'prompts', 'path': 'data/tickets'}]",
         "rank.held_out_share": "0.2",
         "prepare.splits.sft": "0.3",
         "prepare.splits.reward": "0.3",
         "prepare.splits.ppo": "0.3",
         "prepare.splits.eval": "0.1",
         "prepare.duplicate_limit": "0.05",
+        "prepare.damaged_limit": "0.05",
+        "prepare.near_duplicate": "0.8",
+        "prepare.common_prefix": "200",
+        "prepare.user_cap": "200",
+        "prepare.mask": "[]",
     }
 
 

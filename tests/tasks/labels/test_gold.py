@@ -61,8 +61,8 @@ def test_only_evaluate_imports_or_declares_the_gold_score(stage: str) -> None:
 def test_training_reaches_neither_checks_nor_facts(stage: str) -> None:
     reached = code_of(stage)
     assert not {GOLD, CHECKS, SIMULATED} & reached
-    assert not [file for file in reached if "tickets.jsonl" in (ROOT / file).read_text(encoding="utf-8")]
-    hidden = ("tasks/labels", "data/raw", "data/prepared/tickets.jsonl")
+    assert not [file for file in reached if "facts.jsonl" in (ROOT / file).read_text(encoding="utf-8")]
+    hidden = ("tasks/labels", "data/raw", "data/prepared/facts.jsonl")
     deps = STAGES[stage].deps
     assert not [dep for dep in deps if dep.startswith(hidden) or dep in ("data", "data/prepared", "tasks")]
 

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from tasks.conversations import single, text_of
 from tasks.models import load_language_model, load_scalar_model, load_tokenizer
 from tasks.ppo.params import PPOParams
 from tasks.ppo.ptx import Text
 from tasks.ppo.trainer import PPOTrainer
 from tasks.stage import UserError
 from tests.tasks.ppo.toy import END, PROMPTS, SETTINGS, Folders, liked, make_trainer
+from tests.tiny import CONVERSATION, IN_CHATML
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,41 @@ def test_texts_go_through_the_chat_template_and_come_back_to_the_reward_as_texts
     assert [prompt for prompt, _ in seen] == [texts[place] for place in trainer.last.prompts]
     assert [response for _, response in seen] == trainer.responses(trainer.last.rollout)
     assert "<|im_start|>user\nhello dear<|im_end|>" in trainer.tokenizer.decode(trainer.prompts[0])
+
+
+def test_conversations_go_through_the_chat_template_and_come_back_to_the_reward_as_texts(folders: Folders) -> None:
+    seen: set[Any] = set()
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        seen.update(prompts)
+        return [float(len(response)) for response in responses]
+
+    params = PPOParams(**{**SETTINGS, "value": "head", "updates": 1})
+    tokenizer = load_tokenizer(folders.sft)
+    trainer = PPOTrainer(
+        load_language_model(folders.sft), None, reward, None, [CONVERSATION, single("hello dear")], params,
+        tokenizer=tokenizer, max_new_tokens=8,
+    )  # fmt: skip
+    list(trainer)
+    assert trainer.prompts[0] == tokenizer(IN_CHATML, add_special_tokens=False).input_ids
+    assert seen == {"hello dear", text_of(CONVERSATION)}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            [{"role": "human", "content": "hello"}],
+            "prompt 0 is no conversation: each turn is a dict with the keys role",
+        ),
+        ([{"role": "user", "text": "hello"}], "prompt 0 is no conversation"),
+        ([{"role": "user", "content": "hello"}, "and"], "prompt 0 is no conversation"),
+        ([{"role": "user", "content": " "}], "prompt 0 is empty"),
+    ],
+)
+def test_turns_that_are_none(folders: Folders, prompt: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        start(folders, [prompt], arguments={"tokenizer": load_tokenizer(folders.sft)})
 
 
 ALONE = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tasks.datasets import Demonstration, Prompt, prompt_id, write_rows
+from tasks.conversations import Conversation, single, text_of
+from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, prompt_id, read_rows, write_rows
 from tasks.lineage import load_stages
 from tasks.models import load_language_model, load_scalar_model, load_tokenizer, save_model, shared_depth
 from tasks.params import load_params
 from tasks.ppo import run
 from tasks.ppo.trainer import PPOTrainer
 from tasks.stage import Stage, UserError
-from tests.tiny import tiny_model_dir
+from tests.tiny import CONVERSATION, give_fingerprint, tiny_model_dir
 
 DEFAULTS = load_params(Path("params.yaml"))
 PPO = replace(
@@ -56,16 +58,30 @@ def stage_models(root: Path) -> dict[str, Path]:
     return {"sft": root / "sft", "reward": root / "reward"}
 
 
-def run_stage(root: Path, folders: dict[str, Path], deps: tuple[str, ...] = (), **changes: Any) -> Mock:
-    write_rows(root / "data/prepared/prompts/ppo.jsonl", [Prompt(id=prompt_id(text), prompt=text) for text in TEXTS])
+def run_stage(
+    root: Path,
+    folders: dict[str, Path],
+    deps: tuple[str, ...] = (),
+    conversations: Sequence[Conversation] = tuple(map(single, TEXTS)),
+    prepared_for: Path | None = None,
+    **changes: Any,
+) -> Mock:
+    """prepared_for: the model whose tokenizer the data were prepared with, where it is another."""
+    write_rows(
+        root / "data/prepared/prompts/ppo.jsonl",
+        [Prompt(id=prompt_id(one), prompt=one) for one in conversations],
+    )
     demonstrations = [
-        Demonstration(id=prompt_id(text), prompt=text, response="we are sorry", labeler="ada") for text in TEXTS
+        Demonstration(id=prompt_id(one), prompt=one, response="we are sorry", labeler="ada") for one in conversations
     ]
     write_rows(root / "data/collected/demonstrations/demonstrations.jsonl", demonstrations)
     (root / "data/models").mkdir(parents=True, exist_ok=True)
     for name, folder in folders.items():
         if not (root / f"data/models/{name}").exists():
             (root / f"data/models/{name}").symlink_to(folder)
+    give_fingerprint(folders["sft"], root / "data/prepared", root / "data/collected/demonstrations")
+    if prepared_for:
+        give_fingerprint(prepared_for, root / "data/prepared")
     params = DEFAULTS.model_copy(
         update={
             "ppo": replace(PPO, **changes),
@@ -261,3 +277,19 @@ def test_a_reward_model_with_another_tokenizer_is_refused(folders: dict[str, Pat
     other = tiny_model_dir(tmp_path / "other", reward=True, texts=["quite another text"])
     with pytest.raises(UserError, match="different tokenizers"):
         run_stage(tmp_path / "repo", {**folders, "reward": other})
+
+
+def test_prompts_prepared_for_another_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
+    other = tiny_model_dir(tmp_path / "other", texts=["quite another text"])
+    with pytest.raises(UserError, match=r"data/prepared: \w+, .*data/models/sft: "):
+        run_stage(tmp_path / "repo", folders, prepared_for=other)
+
+
+def test_conversations(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = [[*CONVERSATION[:3], *single(text)] for text in TEXTS]
+    tracker = run_stage(tmp_path, folders, conversations=given, ptx_coef=1.0)
+    rows = read_rows(tmp_path / "data/collected/held_out/answers.jsonl", HeldOutAnswer)
+    assert len(rows) == 3 * 2
+    assert all(row.prompt in given and prompt_id(row.prompt) == row.id for row in rows)
+    shown = {row["prompt"] for row in first_samples(tracker)}
+    assert shown <= {text_of(prompt) for prompt in given if prompt not in [row.prompt for row in rows]}

@@ -75,7 +75,7 @@ def test_a_loaded_state_goes_on_with_the_same_bits(
     assert all(map(torch.equal, trained_weights(second), trained_weights(whole)))
     assert torch.equal(second.roles.value.head.weight, whole.roles.value.head.weight)
     assert second.kept_update == whole.kept_update
-    assert second.watch.best == whole.watch.best
+    assert second.watch.state() == whole.watch.state()
     assert second.held_out_start == whole.held_out_start
     assert second.kl_controller.coefficient == whole.kl_controller.coefficient
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -18,20 +19,54 @@ def watch(**changes: Any) -> Watch:
     return Watch(PPOParams(**{"eval_every": 1, **changes}))
 
 
-def test_the_best_is_the_highest_score_at_bounded_kl() -> None:
+def held_out(update: int, score: float, kl: float = 0.0) -> HeldOut:
+    """Of four prompts, all scored alike."""
+    return HeldOut(update, [score] * 4, kl)
+
+
+def test_a_later_policy_is_kept_within_the_kl_limit() -> None:
     one = watch(kl_limit=10.0)
-    results = [HeldOut(0, 1.0, 0.0), HeldOut(1, 3.0, 9.9), HeldOut(2, 5.0, 10.1), HeldOut(3, 2.0, 5.0)]
+    results = [held_out(0, 1.0), held_out(1, 3.0, 9.9), held_out(2, 5.0, 10.1), held_out(3, 2.0, 5.0)]
     assert [one.evaluated(result) for result in results] == [True, True, False, False]
-    assert one.best == results[1]
+    assert one.kept == one.best == results[1]
     assert one.stopped is None
+
+
+def test_the_sign_test_by_hand() -> None:
+    start = HeldOut(0, [0.0] * 32, 0.0)
+
+    def beats(wins: int, losses: int) -> bool:
+        return HeldOut(1, [1.0] * wins + [-1.0] * losses + [0.0] * (32 - wins - losses), 0.0).beats(start)
+
+    assert beats(22, 10)  # 12 > 1.96 * 32 ** 0.5 = 11.1
+    assert not beats(21, 11)  # 10
+    assert beats(4, 0)  # 4 > 3.92: prompts with the same score say nothing
+    assert not beats(3, 0)
+    assert not beats(0, 32)
+
+
+def test_a_higher_mean_alone_is_not_enough() -> None:
+    """The reward model likes one answer very much: the best mean, and yet most prompts are as before."""
+    one = watch()
+    start, hacked = held_out(0, 1.0), HeldOut(1, [1.0, 1.0, 1.0, 99.0], 5.0)
+    assert [one.evaluated(result) for result in (start, hacked)] == [True, False]
+    assert (one.kept, one.best) == (start, hacked)
+
+
+def test_small_gains_add_up() -> None:
+    """Each is held against the one that is kept, not against the one before."""
+    one = watch()
+    steps = [[float(place < gained) for place in range(8)] for gained in (0, 2, 4, 6)]
+    kept = [one.evaluated(HeldOut(update, scores, 0.0)) for update, scores in enumerate(steps)]
+    assert kept == [True, False, True, False]  # 2 > 2.8; 4 > 3.9; then 2 > 2.8 over the kept one
 
 
 def test_patience_by_hand() -> None:
     one = watch(patience=2)
     for update, score in enumerate([1.0, 2.0, 1.9, 2.1, 2.0]):
-        one.evaluated(HeldOut(update, score, 0.0))
+        one.evaluated(held_out(update, score))
         assert one.stopped is None
-    one.evaluated(HeldOut(5, 2.1, 0.0))
+    one.evaluated(held_out(5, 2.1))
     assert one.stopped == "the held-out score has not improved in 2 evaluations (best: 2.1 at update 3)"
 
 
@@ -50,10 +85,10 @@ def test_kl_and_entropy_limits_and_the_first_reason_stays() -> None:
 
 def test_state_round_trip() -> None:
     one, other = watch(patience=3), watch(patience=3)
-    for result in (HeldOut(0, 1.0, 0.0), HeldOut(1, 0.5, 0.1)):
+    for result in (held_out(0, 1.0), held_out(1, 0.5, 0.1)):
         one.evaluated(result)
-    other.load_state(one.state())
-    assert (other.best, other.stopped, other.without_gain) == (HeldOut(0, 1.0, 0.0), None, 1)
+    other.load_state(json.loads(json.dumps(one.state())))
+    assert (other.kept, other.best, other.stopped, other.without_gain) == (held_out(0, 1.0), held_out(0, 1.0), None, 1)
 
 
 # ---- in the trainer ----
@@ -68,23 +103,21 @@ def test_a_policy_that_goes_too_far_is_rolled_back(folders: Folders) -> None:
         f"KL {history[-1]['kl']:.4g} nats a response at update {len(history)} is above kl_limit 1.5"
     )
     assert "policy_loss" not in history[-1], "nothing was learned from these episodes"
-    assert trainer.watch.best is not None
-    assert trainer.kept_update == trainer.watch.best.update < trainer.update
+    kept = trainer.watch.kept
+    assert kept is not None
+    assert trainer.kept_update == kept.update < trainer.update
     again = trainer.evaluate()
-    assert (again.score, again.kl) == (trainer.watch.best.score, trainer.watch.best.kl), "the weights are those"
+    assert (again.scores, again.kl) == (kept.scores, kept.kl), "the weights are those"
 
 
-def test_the_best_update_is_put_in_its_place_at_the_end(folders: Folders) -> None:
-    trainer = make_trainer(folders, updates=6, learning_rate=0.01, eval_every=1, eval_prompts=2)
-    seen = {}
-    assert trainer.update == 0
-    for metrics in trainer:
-        assert trainer.held_out_start is not None
-        seen[0] = trainer.held_out_start.score
-        seen[trainer.update] = metrics["held_out_score"]
-    assert trainer.kept_update == max(seen, key=lambda update: seen[update])
-    assert trainer.watch.best is not None
-    assert trainer.evaluate().score == trainer.watch.best.score == max(seen.values())
+def test_the_kept_update_is_put_in_its_place_at_the_end(folders: Folders) -> None:
+    trainer = make_trainer(folders, updates=8, learning_rate=0.02, eval_every=1, eval_prompts=4)
+    for _ in trainer:
+        pass
+    assert trainer.watch.kept is not None
+    assert 0 < trainer.watch.kept.update < trainer.update == 8, "or the test shows nothing"
+    assert trainer.kept_update == trainer.watch.kept.update
+    assert trainer.evaluate().scores == trainer.watch.kept.scores
 
 
 def test_held_out_prompts_are_not_trained_on(folders: Folders) -> None:
