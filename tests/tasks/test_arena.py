@@ -20,7 +20,17 @@ import pytest
 
 from tasks.arena import EQUAL, FIRST, SECOND, Contestant, Round, contestants, in_step, main, recorded, save, tally
 from tasks.conversations import single, text_of
-from tasks.datasets import Prompt, PromptFacts, Ranking, Samples, Vote, prompt_id, read_rows, write_rows
+from tasks.datasets import (
+    Prompt,
+    PromptFacts,
+    Ranking,
+    RecordedRanking,
+    Samples,
+    Vote,
+    prompt_id,
+    read_rows,
+    write_rows,
+)
 from tasks.lineage import load_stages
 from tasks.params import load_params
 from tasks.rank import run as run_rank
@@ -298,6 +308,7 @@ def ranking_of_stage(root: Path, labels: Path) -> list[Ranking]:
     write_rows(root / "data/collected/samples/samples.jsonl", samples)
     rows = [PromptFacts(id=id, source="tickets", ticket=row.ticket) for id, row in zip(ids, tickets, strict=True)]
     write_rows(root / "data/prepared/facts.jsonl", rows)
+    write_rows(root / "data/prepared/rankings/reward.jsonl", list[RecordedRanking]())
     write_rows(root / "data/labels/arena.jsonl", read_rows(labels, Vote))
     stage = Stage(load_stages()["rank"], load_params(Path("params.yaml")), Mock(), root=root)
     run_rank(stage)
