@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
-import json
 import math
 import os
 import random
@@ -22,13 +20,12 @@ from datetime import UTC, datetime
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.chat import Chat, load
 from tasks.conversations import Conversation, single, text_of
 from tasks.datasets import Prompt, Vote, prompt_id, read_rows
+from tasks.labels.label_file import append, recorded
 from tasks.lineage import hash_path
 from tasks.registry import whoami
 from tasks.stage import UserError
@@ -111,52 +108,7 @@ def in_step(streams: Sequence[Iterator[str]]) -> Generator[list[str]]:
         yield texts
 
 
-# ---- votes on disk ----
-
-
-def save(vote: Vote, path: Path) -> None:
-    """Append the row; it is on the disk when this returns."""
-    with locked(path) as file:
-        mend(file)
-        file.write((json.dumps(vote.model_dump(), ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def recorded(path: Path) -> list[Vote]:
-    """All votes so far; a file that is not there yet is made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path) as file:
-            mend(file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Name another file with --file.") from error
-    return read_rows(path, Vote, may_be_empty=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[IO[bytes]]:
-    """The file at its end, for one writer at a time, be it a thread or another arena."""
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        file.seek(0, os.SEEK_END)
-        yield file
-
-
-def mend(file: IO[bytes]) -> None:
-    """A last line without its end is what a killed write left: nobody was told that this vote is saved."""
-    file.seek(0)
-    content = file.read()
-    torn = content[content.rfind(b"\n") + 1 :]
-    if not torn:
-        return
-    try:
-        Vote.model_validate_json(torn)
-        file.write(b"\n")
-    except ValidationError:
-        print(f"note: {file.name} ended in a torn line, which was removed: {torn[:60]!r}", file=sys.stderr)
-        file.truncate(len(content) - len(torn))
-        file.seek(0, os.SEEK_END)
+# ---- votes ----
 
 
 def tally(votes: Sequence[Vote], names: Sequence[str]) -> tuple[dict[str, int], int]:
@@ -179,7 +131,7 @@ class Arena:
     def __init__(self, contestants: Sequence[Contestant], path: Path, max_new_tokens: int, temperature: float) -> None:
         self.contestants, self.path = contestants, path
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.votes = recorded(path)
+        self.votes = recorded(path, Vote)
         prompts = [row.prompt for row in read_rows(PROMPTS, Prompt)] if PROMPTS.exists() else []
         self.prompts = {words_of(text_of(prompt)): prompt for prompt in prompts}
 
@@ -192,7 +144,7 @@ class Arena:
         return Round(prompt, self.contestants, secrets.randbelow(2**32), self.max_new_tokens, self.temperature)
 
     def take(self, vote: Vote) -> None:
-        save(vote, self.path)
+        append(vote, self.path)
         self.votes.append(vote)
 
     def verdict(self, vote: Vote) -> str:

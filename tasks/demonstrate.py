@@ -6,8 +6,8 @@ The labelers are simulated, or people whose demonstrations came with the raw dat
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tasks.conversations import text_of
@@ -16,12 +16,15 @@ from tasks.datasets import (
     Prompt,
     PromptFacts,
     Ticket,
+    prompt_id,
     read_rows,
     stable_share,
     tell_unused,
     write_json,
     write_rows,
 )
+from tasks.labels.judgments import WrittenDemonstration, item_id, standing
+from tasks.labels.queue import Item, Queue, labels_wanted, open_queue, require_labels
 from tasks.labels.simulated import choose_labeler, demonstrate, generator
 from tasks.params import Params
 from tasks.stage import Stage, UserError
@@ -33,6 +36,13 @@ def run(stage: Stage) -> None:
     without_ticket = 0
     if params.demonstrate.labeler == "recorded":
         demonstrations = recorded(stage.dep("data/prepared/demonstrations/sft.jsonl"))
+    elif params.demonstrate.labeler == "human":
+        prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
+        written = read_rows(stage.dep("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
+        queue = queue_of(prompts, params)
+        open_queue(queue, stage.root)
+        require_labels(queue, written)
+        demonstrations = by_people(queue, written)
     else:
         prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
         facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
@@ -65,6 +75,42 @@ def run(stage: Stage) -> None:
             for row in demonstrations[:20]
         ],
     )
+
+
+def queue_of(prompts: list[Prompt], params: Params) -> Queue:
+    """What people are asked to answer."""
+    human = params.demonstrate.human
+    chosen = choose_prompts(prompts, params.demonstrate.prompts, params.seed)
+    return Queue(
+        job="demonstrate",
+        seed=params.seed,
+        max_tokens=params.text.max_response_tokens - 1,  # the end token takes one
+        leave_out=human.leave_out,
+        set_aside_after=human.set_aside_after,
+        items=[
+            Item(
+                item=(item := item_id(row.prompt)),
+                prompt=row.prompt,
+                responses=[],
+                ended=[],
+                labels=labels_wanted(item, human, params.seed),
+            )
+            for row in chosen
+        ],
+    )
+
+
+def by_people(queue: Queue, written: Sequence[WrittenDemonstration]) -> list[Demonstration]:
+    """What people wrote for the queue's prompts, in its order."""
+    answers: dict[str, list[WrittenDemonstration]] = defaultdict(list)
+    for row in standing(written, queue.leave_out):
+        answers[row.item].append(row)
+    return [
+        Demonstration(id=prompt_id(one.prompt), prompt=one.prompt, response=row.response, labeler=row.labeler)
+        for one in queue.items
+        for row in answers[one.item]
+        if row.response is not None
+    ]
 
 
 def recorded(path: Path) -> list[Demonstration]:

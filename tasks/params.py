@@ -170,9 +170,26 @@ class Labeler(Section):
     habits: dict[Flaw, NonNegative]  # how many times more often than usual a flaw slips in; 1 where not named
 
 
+class Human(Section):
+    """What is asked of people, with `labeler: human`, and how what they did is used."""
+
+    labels: PositiveInt  # people who label each item
+    shared_share: Share  # of the items that `shared_labels` people label, to measure their agreement by
+    shared_labels: PositiveInt
+    set_aside_after: PositiveInt  # people who skip an item before the pipeline no longer waits for it
+    leave_out: list[str]  # labelers whose judgments are not used
+    fill_in: bool  # simulated labelers do what people have not done yet, marked as such: nobody is waited for
+
+
+class HumanRankings(Human):
+    aggregation: Literal["each", "majority", "bradley_terry"]  # of several people's rankings of the same outputs
+    held_out_labelers: list[str]  # whose rankings are kept out of reward training, to measure its accuracy on
+
+
 class Demonstrate(Section):
-    labeler: Literal["simulated", "recorded"]
-    prompts: PositiveInt  # that simulated people answer; recorded demonstrations are all taken
+    labeler: Literal["simulated", "recorded", "human"]
+    prompts: PositiveInt  # that simulated people, or people on the page, answer; recorded demonstrations are all taken
+    human: Human
 
 
 class Lora(Section):
@@ -201,10 +218,11 @@ class Sample(Section):
 
 
 class Rank(Section):
-    labeler: Literal["simulated", "recorded"]
+    labeler: Literal["simulated", "recorded", "human"]
     held_out_share: Annotated[float, Field(ge=0, lt=1)]
     """Of the prompts with simulated rankings, kept out of reward training. Recorded rankings are held out by the split
     eval of `prepare`, and by this share only where that split has none."""
+    human: HumanRankings
 
 
 class Reward(Section):

@@ -24,6 +24,7 @@ from tasks.datasets import (
     Samples,
     Ticket,
     Vote,
+    prompt_id,
     read_rows,
     stable_share,
     tell_unused,
@@ -31,6 +32,8 @@ from tasks.datasets import (
     write_rows,
 )
 from tasks.labels.checks import run_checks
+from tasks.labels.judgments import JudgedRanking, item_id, standing
+from tasks.labels.queue import Item, Queue, labels_wanted, open_queue, require_labels
 from tasks.labels.simulated import choose_labeler, generator, opinion, rank
 from tasks.params import Labeler, Params
 from tasks.stage import Stage, UserError
@@ -39,6 +42,7 @@ Figures = dict[str, float | None]  # of the labelers; None where it cannot be kn
 MORE_PROMPTS = {
     "recorded": "Give the split eval rankings (`splits` of their source), add rankings",
     "simulated": "Raise sample.prompts",
+    "human": "Raise sample.prompts",
 }
 Side = Callable[[str], bool]  # of a prompt, by its id: whether all rankings of it are held out
 
@@ -59,6 +63,13 @@ def run(stage: Stage) -> None:
                 "held out; near-duplicates of them and other prompts of the same users may be trained on"
             )
         rankings, figures = recorded(training, apart, held_out)
+    elif params.rank.labeler == "human":
+        samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
+        judged = read_rows(stage.dep("data/labels/rankings.jsonl"), JudgedRanking, may_be_empty=True)
+        queue = queue_of(samples, params)
+        open_queue(queue, stage.root)
+        require_labels(queue, judged)
+        rankings, figures = by_people(queue, judged, held_out)
     else:
         samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
         facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
@@ -94,6 +105,51 @@ def run(stage: Stage) -> None:
             for place, response in sorted(zip(row.ranks, row.responses, strict=True))
         ],
     )
+
+
+def queue_of(samples: Sequence[Samples], params: Params) -> Queue:
+    """What people are asked to rank."""
+    human = params.rank.human
+    return Queue(
+        job="rank",
+        seed=params.seed,
+        max_tokens=None,
+        leave_out=human.leave_out,
+        set_aside_after=human.set_aside_after,
+        items=[
+            Item(
+                item=(item := item_id(row.prompt, row.responses, row.ended)),
+                prompt=row.prompt,
+                responses=row.responses,
+                ended=row.ended,
+                labels=labels_wanted(item, human, params.seed),
+            )
+            for row in samples
+        ],
+    )
+
+
+def by_people(queue: Queue, judged: Sequence[JudgedRanking], held_out: Side) -> tuple[list[Ranking], Figures]:
+    """The queue's outputs as people ranked them."""
+    found: dict[str, list[JudgedRanking]] = defaultdict(list)
+    for row in standing(judged, queue.leave_out):
+        found[row.item].append(row)
+    rankings = [
+        Ranking(
+            id=(id := prompt_id(one.prompt)),
+            prompt=one.prompt,
+            responses=row.responses,
+            ended=row.ended,
+            ranks=row.ranks,
+            labeler=row.labeler,
+            held_out=held_out(id),
+        )
+        for one in queue.items
+        for row in found[one.item]
+        if row.skipped is None
+    ]
+    nothing = dict.fromkeys(("noise_ceiling", "noise_ceiling_train"))
+    return rankings, {**nothing, "labelers_agreement": agreement_among(rankings), "without_ticket": 0}
 
 
 def recorded(

@@ -2,7 +2,8 @@
 
 `dvc repro` and the Prefect flow call this same command; called by hand it is for a debugger. It reads params.yaml and
 dvc.yaml in the current folder, checks both, runs `tasks/STAGE.py`, and puts the outputs in their places only when the
-stage has ended well. Exit codes: 0 done, 1 a fault of the program, 2 something to mend (told in one message).
+stage has ended well. Exit codes: 0 done, 1 a fault of the program, 2 something to mend (told in one message),
+3 people must label something first (tasks/labels/queue.py).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 
 from tasks.lineage import load_stages
 from tasks.params import load_params
-from tasks.stage import Stage, UserError
+from tasks.stage import Stage, UserError, WaitsForPeopleError
 from tasks.tracking import Tracker
+
+WAITS = 3  # exit code of a stage that people must label something for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             tracker.outs({out: Path(out) for out in spec.outs})
     except UserError as error:
-        print(f"error: stage `{spec.name}`: {error}", file=sys.stderr)
-        return 2
+        waits = isinstance(error, WaitsForPeopleError)
+        print(f"{'waits' if waits else 'error'}: stage `{spec.name}`: {error}", file=sys.stderr)
+        return WAITS if waits else 2
     except KeyboardInterrupt:
         print(f"error: stage `{spec.name}` was interrupted.", file=sys.stderr)
         return 130

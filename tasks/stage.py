@@ -24,6 +24,14 @@ class UserError(Exception):
     """Something that the user can mend. The message says what was wrong, where and what to do; no traceback follows."""
 
 
+class WaitsForPeopleError(UserError):
+    """A stage cannot go on before people have labelled more; the queue is open to them (tasks/labels/queue.py)."""
+
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
+        self.missing = missing  # judgments
+
+
 class Stage:
     """One run of one stage. A stage module has `run(stage: Stage) -> None` and touches the disk through this alone.
 

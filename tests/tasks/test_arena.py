@@ -18,7 +18,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from tasks.arena import EQUAL, FIRST, SECOND, Contestant, Round, contestants, in_step, main, recorded, save, tally
+from tasks.arena import EQUAL, FIRST, SECOND, Contestant, Round, contestants, in_step, main, tally
 from tasks.conversations import single, text_of
 from tasks.datasets import (
     Prompt,
@@ -31,6 +31,7 @@ from tasks.datasets import (
     read_rows,
     write_rows,
 )
+from tasks.labels.label_file import append, recorded
 from tasks.lineage import load_stages
 from tasks.params import load_params
 from tasks.rank import run as run_rank
@@ -140,9 +141,9 @@ def test_the_faster_model_does_not_rush_on_when_the_slower_one_has_ended() -> No
 
 def test_two_voters_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "data/labels/arena.jsonl"
-    assert recorded(path) == []
+    assert recorded(path, Vote) == []
     with ThreadPoolExecutor(8) as voters:
-        list(voters.map(lambda number: save(vote(number), path), range(100)))
+        list(voters.map(lambda number: append(vote(number), path), range(100)))
     assert sorted(row.seed for row in read_rows(path, Vote)) == list(range(100))
 
 
@@ -151,32 +152,32 @@ def test_a_torn_last_line_harms_no_later_vote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], reopened: bool
 ) -> None:
     path = tmp_path / "arena.jsonl"
-    save(vote(1), path)
+    append(vote(1), path)
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:-40])
     if reopened:
-        assert recorded(path) == [vote(1)]
-    save(vote(2), path)
-    assert recorded(path) == [vote(1), vote(2)]
+        assert recorded(path, Vote) == [vote(1)]
+    append(vote(2), path)
+    assert recorded(path, Vote) == [vote(1), vote(2)]
     assert "ended in a torn line, which was removed" in capsys.readouterr().err
 
 
 def test_a_vote_that_lacks_its_line_end_alone_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "arena.jsonl"
-    save(vote(1), path)
+    append(vote(1), path)
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    save(vote(2), path)
-    assert recorded(path) == [vote(1), vote(2)]
+    append(vote(2), path)
+    assert recorded(path, Vote) == [vote(1), vote(2)]
 
 
 def test_a_damaged_line_and_a_file_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     path = tmp_path / "arena.jsonl"
-    save(vote(1), path)
+    append(vote(1), path)
     path.write_bytes(b"{}\n" + path.read_bytes())
     with pytest.raises(UserError, match=r"arena\.jsonl, line 1: "):
-        recorded(path)
+        recorded(path, Vote)
     with pytest.raises(UserError, match=r"arena\.jsonl/votes\.jsonl cannot be written: .*--file"):
-        recorded(path / "votes.jsonl")
+        recorded(path / "votes.jsonl", Vote)
 
 
 def test_the_tally_by_hand() -> None:
@@ -204,7 +205,7 @@ class Server(NamedTuple):
     labels: Path
 
     def votes(self) -> list[Vote]:
-        return recorded(self.labels)
+        return recorded(self.labels, Vote)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,93 @@
+"""What people say of prompts and outputs: `data/labels/demonstrations.jsonl` and `rankings.jsonl`, one line a judgment.
+
+A judgment names what it judged by content, so it goes with the sample wherever that stands, and with no other. Lines
+are appended and never changed: of several by one labeler on one item the last one holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from tasks.conversations import Conversation, key_of
+from tasks.datasets import Row
+
+DEMONSTRATIONS = Path("data/labels/demonstrations.jsonl")
+RANKINGS = Path("data/labels/rankings.jsonl")
+GUIDELINES = Path("data/labels/guidelines.md")
+
+Flag = Literal["harmful", "broken", "not an answer"]
+Rating = Annotated[int, Field(ge=1, le=7)]  # 7 is best (InstructGPT, appendix B.2)
+
+
+class Judgment(Row):
+    """What one labeler said of one item, or why nothing."""
+
+    item: str  # item_id: what was judged
+    prompt: Conversation
+    labeler: str
+    guidelines: str  # version_of: what the labeler was told to go by
+    started_at: str  # when the item was shown, ISO 8601 in UTC
+    ended_at: str  # when it was saved or skipped
+    skipped: str | None  # why the labeler says nothing; None: it is labelled
+
+
+class WrittenDemonstration(Judgment):
+    response: str | None  # None where skipped
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.response is None) != (self.skipped is not None):
+            raise ValueError("a demonstration has either a response or a reason why it was skipped")
+        return self
+
+
+class JudgedRanking(Judgment):
+    """`ranks`, `flags` and `ratings` are of `responses` in that order, and empty where skipped."""
+
+    responses: list[str]
+    ended: list[bool]  # whether the response ended with the end token
+    order: list[int]  # as shown: in place p stood responses[order[p]]
+    seed: int  # of the draw of the order
+    ranks: list[int]  # 1 is best, equal ranks are ties
+    flags: list[list[Flag]]
+    ratings: list[Rating | None]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        count = len(self.responses)
+        if len(self.ended) != count or sorted(self.order) != list(range(count)):
+            raise ValueError(f"`ended` and `order` do not go with the {count} responses")
+        wanted = 0 if self.skipped is not None else count
+        for name in ("ranks", "flags", "ratings"):
+            if len(getattr(self, name)) != wanted:
+                raise ValueError(f"`{name}` has {len(getattr(self, name))} entries, not {wanted}")
+        if any(rank < 1 for rank in self.ranks):
+            raise ValueError("a rank is 1 or more; 1 is best")
+        return self
+
+
+AnyJudgment = TypeVar("AnyJudgment", bound=Judgment)
+
+
+def item_id(prompt: Conversation, responses: Sequence[str] = (), ended: Sequence[bool] = ()) -> str:
+    """The name of a prompt with these outputs, in whichever order they stand."""
+    outputs = sorted(zip(responses, ended, strict=True))
+    return hashlib.sha256(json.dumps([key_of(prompt), outputs], ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def standing(judgments: Iterable[AnyJudgment], leave_out: Iterable[str] = ()) -> list[AnyJudgment]:
+    """The judgments that hold: of each labeler on each item the last, without those of labelers who are left out."""
+    without = set(leave_out)
+    last = {(row.item, row.labeler): row for row in judgments if row.labeler not in without}
+    return list(last.values())
+
+
+def version_of(guidelines: str) -> str:
+    """The version of the guidelines: the same text has the same."""
+    return hashlib.sha256(guidelines.encode()).hexdigest()[:12]

@@ -1,0 +1,72 @@
+"""Files in data/labels that people's pages append to: a row is on the disk before anybody is told that it is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from tasks.datasets import AnyRow, Row, read_rows
+from tasks.stage import UserError
+
+
+def append(row: Row, path: Path) -> None:
+    """Append the row; it is on the disk when this returns."""
+    with locked(path) as file:
+        mend(file, type(row))
+        file.write((json.dumps(row.model_dump(), ensure_ascii=False) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def recorded(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
+    """All rows so far; a file that is not there yet is made. UserError where it is damaged or cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own_copy(path)
+        with locked(path) as file:
+            mend(file, row_type)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Name another file with --file.") from error
+    return read_rows(path, row_type, may_be_empty=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[IO[bytes]]:
+    """The file at its end, for one writer at a time, be it a thread or another page."""
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        file.seek(0, os.SEEK_END)
+        yield file
+
+
+def mend(file: IO[bytes], row_type: type[Row]) -> None:
+    """A last line without its end is what a killed write left: nobody was told that this row is saved."""
+    file.seek(0)
+    content = file.read()
+    torn = content[content.rfind(b"\n") + 1 :]
+    if not torn:
+        return
+    try:
+        row_type.model_validate_json(torn)
+        file.write(b"\n")
+    except ValidationError:
+        print(f"note: {file.name} ended in a torn line, which was removed: {torn[:60]!r}", file=sys.stderr)
+        file.truncate(len(content) - len(torn))
+        file.seek(0, os.SEEK_END)
+
+
+def own_copy(path: Path) -> None:
+    """Where `dvc add` left a link into DVC's cache, a copy in its place: what is appended must not change the cache."""
+    if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):
+        temporary = path.with_name(f".tmp-{path.name}")
+        shutil.copyfile(path, temporary)
+        temporary.replace(path)

@@ -1,0 +1,139 @@
+"""What people are asked to label: `.rlhf/queue/JOB.json`, written by the stage that needs the labels.
+
+The stage opens the queue, the page (tasks/labels/page.py) hands it out and appends judgments to `data/labels`, and the
+stage reads those. Nobody closes a queue: what it still lacks follows from the judgments alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from tasks.conversations import Conversation
+from tasks.datasets import Row, stable_share
+from tasks.labels.judgments import DEMONSTRATIONS, RANKINGS, JudgedRanking, Judgment, WrittenDemonstration, standing
+from tasks.params import Human
+from tasks.stage import UserError, WaitsForPeopleError
+
+QUEUES = Path(".rlhf/queue")
+WORKSPACES = Path(".rlhf/workspaces")  # of flows: a run that waits has its queue there
+PAGE = "http://127.0.0.1:7861"
+
+Job = Literal["demonstrate", "rank"]
+LABELS: dict[Job, tuple[Path, type[Judgment]]] = {
+    "demonstrate": (DEMONSTRATIONS, WrittenDemonstration),
+    "rank": (RANKINGS, JudgedRanking),
+}
+
+
+class Item(Row):
+    item: str  # item_id
+    prompt: Conversation
+    responses: list[str]  # to rank; empty where a demonstration is asked for
+    ended: list[bool]
+    labels: int  # judgments by different people that it should get
+
+
+class Queue(Row):
+    job: Job
+    seed: int  # of the order in which outputs are shown
+    max_tokens: int | None  # of a demonstration
+    leave_out: list[str]  # labelers whose judgments do not count
+    set_aside_after: int  # people who skip an item before nobody waits for it
+    items: list[Item]
+
+
+@dataclass(frozen=True)
+class Progress:
+    items: int
+    done: int  # items with all labels that they should get, or set aside
+    judgments: int  # that count
+    missing: int  # judgments that are still wanted
+    skipped: int  # times that somebody skipped an item
+    set_aside: int  # items that so many skipped that nobody waits for them
+
+
+def labels_wanted(item: str, human: Human, seed: int) -> int:
+    """How many people should label it: a share of the items, drawn by content, gets more, to measure agreement by."""
+    shared = stable_share(seed, "shared", item) < human.shared_share
+    return max(human.labels, human.shared_labels) if shared else human.labels
+
+
+def still_wanted(queue: Queue, judgments: Iterable[Judgment]) -> dict[str, int]:
+    """{item: judgments that it lacks}, of all items of the queue; 0 for those that are done or set aside."""
+    labelled, skipped = counts(queue, judgments)
+    return {
+        one.item: 0 if skipped[one.item] >= queue.set_aside_after else max(0, one.labels - labelled[one.item])
+        for one in queue.items
+    }
+
+
+def counts(queue: Queue, judgments: Iterable[Judgment]) -> tuple[Counter[str], Counter[str]]:
+    """({item: people who labelled it}, {item: people who skipped it}), of those who count."""
+    labelled, skipped = Counter[str](), Counter[str]()
+    for row in standing(judgments, queue.leave_out):
+        (labelled if row.skipped is None else skipped)[row.item] += 1
+    return labelled, skipped
+
+
+def progress(queue: Queue, judgments: Sequence[Judgment]) -> Progress:
+    labelled, skipped = counts(queue, judgments)
+    wanted = still_wanted(queue, judgments)
+    return Progress(
+        items=len(queue.items),
+        done=sum(count == 0 for count in wanted.values()),
+        judgments=sum(labelled[one.item] for one in queue.items),
+        missing=sum(wanted.values()),
+        skipped=sum(skipped[one.item] for one in queue.items),
+        set_aside=sum(
+            skipped[one.item] >= queue.set_aside_after and labelled[one.item] < one.labels for one in queue.items
+        ),
+    )
+
+
+def open_queue(queue: Queue, root: Path) -> None:
+    """Write it to where the page looks, whole or not at all."""
+    path = root / QUEUES / f"{queue.job}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(queue.model_dump_json(), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_queue(path: Path) -> Queue:
+    try:
+        return Queue.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged. Remove it; the stage that waits for labels writes it anew.") from None
+
+
+def queue_files(home: Path) -> list[Path]:
+    """The queues that are open: of the folder itself, and of runs that wait in workspaces of their own."""
+    return sorted([*home.glob(f"{QUEUES}/*.json"), *home.glob(f"{WORKSPACES}/*/{QUEUES}/*.json")])
+
+
+def require_labels(queue: Queue, judgments: Sequence[Judgment]) -> None:
+    """Open the queue's page to people for as long as labels are missing: WaitsForPeopleError says how many."""
+    told = progress(queue, judgments)
+    if told.missing:
+        raise WaitsForPeopleError(waiting_text(queue.job, told), missing=told.missing)
+
+
+def waiting_text(job: Job, told: Progress) -> str:
+    what = {"demonstrate": "demonstrations", "rank": "rankings"}[job]
+    skips = f"; {told.skipped} times somebody skipped one" if told.skipped else ""
+    return (
+        f"{told.missing} {what} by people are missing: {told.done} of {told.items} items are done{skips}.\n"
+        f"Open the page with `make label` ({page_address()}); when they are there, the same command goes on from here."
+    )
+
+
+def page_address() -> str:
+    """Where labelers reach the page: RLHF_LABEL_URL, or this machine."""
+    return os.environ.get("RLHF_LABEL_URL", PAGE)
