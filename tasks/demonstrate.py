@@ -39,12 +39,13 @@ class Collected(NamedTuple):
     demonstrations: list[Demonstration]
     flaws: dict[str, list[str]]  # of each simulated demonstration, by its prompt's id
     without_ticket: int  # prompts that simulated labelers could not answer
-    people: dict[str, Any]  # figures of what people on the page did
+    counts: dict[str, int]  # of what people on the page did
+    people: dict[str, Any]  # the same by labeler, and why they skipped
 
 
 def run(stage: Stage) -> None:
     ways = {"simulated": by_simulated_labelers, "human": by_people, "recorded": recorded}
-    demonstrations, flaws, without_ticket, people = ways[stage.params.demonstrate.labeler](stage)
+    demonstrations, flaws, without_ticket, counts, people = ways[stage.params.demonstrate.labeler](stage)
 
     folder = stage.out("data/collected/demonstrations")
     write_rows(folder / "demonstrations.jsonl", demonstrations)
@@ -57,6 +58,7 @@ def run(stage: Stage) -> None:
         "by_simulated": len(flaws),
         "flawed_share": round(sum(map(bool, flaws.values())) / len(flaws), 4) if flaws else None,
         "without_ticket": without_ticket,
+        **counts,
     }
     by_labeler = Counter(row.labeler for row in demonstrations)
     by_flaw = Counter(flaw for found in flaws.values() for flaw in found)
@@ -65,9 +67,6 @@ def run(stage: Stage) -> None:
         {"demonstrate": {**figures, "by_labeler": by_labeler, "by_flaw": by_flaw, "people": people}},
     )
     stage.tracker.metrics({f"demonstrate/{name}": value for name, value in figures.items() if value is not None})
-    stage.tracker.metrics(
-        {f"demonstrate/people.{name}": value for name, value in people.items() if isinstance(value, int)}
-    )
     stage.tracker.table(
         "demonstrations",
         [
@@ -87,7 +86,7 @@ def recorded(stage: Stage) -> Collected:
             "`demonstrations` to data.sources in params.yaml, or set demonstrate.labeler to `simulated` or `human`."
         )
     tell_unused_judgments(stage)
-    return Collected(rows, {}, 0, {})
+    return Collected(rows, {}, 0, {}, {})
 
 
 def by_simulated_labelers(stage: Stage) -> Collected:
@@ -106,7 +105,7 @@ def by_simulated_labelers(stage: Stage) -> Collected:
     demonstrations, flaws = simulated(chosen, tickets, params)
     tell_unused(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, "demonstrate")
     tell_unused_judgments(stage)
-    return Collected(demonstrations, flaws, len(prompts) - len(known), {})
+    return Collected(demonstrations, flaws, len(prompts) - len(known), {}, {})
 
 
 def by_people(stage: Stage) -> Collected:
@@ -143,7 +142,7 @@ def by_people(stage: Stage) -> Collected:
             f"that fits ({joined.counts['skipped']} skips, {too_long} too long), and simulated labelers can answer "
             "support tickets alone. Have people label more (`make label`), or see demonstrate.human in params.yaml."
         )
-    return Collected(demonstrations, flaws, without_ticket, {**joined.counts, "too_long": too_long, **effort(joined)})
+    return Collected(demonstrations, flaws, without_ticket, joined.counts | {"too_long": too_long}, effort(joined))
 
 
 def that_fit(joined: Joined[WrittenDemonstration], queue: Queue, stage: Stage) -> tuple[list[Demonstration], int]:

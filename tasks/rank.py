@@ -31,6 +31,7 @@ from tasks.datasets import (
     write_json,
     write_rows,
 )
+from tasks.labels.agreement import Agreement, measure, nobody, page, pair_marks
 from tasks.labels.checks import run_checks
 from tasks.labels.judgments import JudgedRanking, item_id
 from tasks.labels.people import SIMULATED, ask_people, rankings_of, tell_not_used
@@ -53,13 +54,13 @@ class Collected(NamedTuple):
     figures: Figures
     held_out: Side
     apart: Sequence[Ranking]  # of held-out labelers
-    people: Mapping[str, Any]  # what people on the page did
+    agreed: Agreement | None  # people on the page
 
 
 def run(stage: Stage) -> None:
     params = stage.params
     ways = {"simulated": by_simulated_labelers, "human": by_people, "recorded": recorded}
-    rankings, figures, held_out, apart, people = ways[params.rank.labeler](stage)
+    rankings, figures, held_out, apart, agreed = ways[params.rank.labeler](stage)
     sides = {row.id: row.held_out for row in rankings}
     if params.rank.held_out_share > 0 and len(set(sides.values())) < 2:
         raise UserError(
@@ -69,10 +70,10 @@ def run(stage: Stage) -> None:
     # in a new repository nobody has voted
     votes = read_rows(stage.dep("data/labels/arena.jsonl"), Vote, may_be_empty=True)
     if params.rank.labeler == "human":  # the same people may have voted
-        votes = [vote for vote in votes if vote.labeler not in params.rank.human.leave_out]
-        kept_out = [vote for vote in votes if vote.labeler in params.rank.human.held_out_labelers]
-        votes = [vote for vote in votes if vote not in kept_out]
-        apart = [*apart, *(ranking_of(vote, held_out) for vote in kept_out)]
+        people = params.rank.human
+        votes = [vote for vote in votes if vote.labeler not in people.leave_out]
+        apart = [*apart, *(ranking_of(vote, held_out) for vote in votes if vote.labeler in people.held_out_labelers)]
+        votes = [vote for vote in votes if vote.labeler not in people.held_out_labelers]
     taken = [ranking_of(vote, held_out) for vote in votes]
     folder = stage.out("data/collected/rankings")
     write_rows(folder / "rankings.jsonl", [*rankings, *taken])
@@ -88,11 +89,14 @@ def run(stage: Stage) -> None:
         "held_out_labelers_rankings": len(apart),
         **figures,
     }
-    write_json(stage.out("data/reports/rank/metrics.json"), {"rank": {**metrics, "people": people}})
+    write_json(stage.out("data/reports/rank/metrics.json"), {"rank": metrics | {"people": told_of_people(agreed)}})
+    text = page(agreed, figures) if agreed else nobody(params.rank.labeler)
+    stage.out("data/reports/rank/agreement.md").write_text(text, encoding="utf-8")
     stage.tracker.metrics({f"rank/{name}": float(value) for name, value in metrics.items() if value is not None})
-    stage.tracker.metrics(
-        {f"rank/people.{name}": float(value) for name, value in people.items() if isinstance(value, int | float)}
-    )
+    if agreed:
+        stage.tracker.tags({"labelers.far": ", ".join(row["labeler"] for row in agreed.labelers if row["far"])})
+        stage.tracker.table("labelers", agreed.labelers)
+        stage.tracker.table("pairs of labelers", agreed.pairs)
     stage.tracker.table(
         "rankings",
         [
@@ -136,13 +140,26 @@ def by_people(stage: Stage) -> Collected:
             "labelers can rank answers to support tickets alone. Have people rank more (`make label`), or see "
             "rank.human in params.yaml."
         )
+    agreed = measure(joined, params.seed)
     figures = {
         **NOTHING_KNOWN,
+        "labelers_agreement": agreed.figures["agreement"],
         "without_ticket": without_ticket,
         "by_people": len(rankings),
         "by_simulated": len(filled_in),
+        **joined.counts,
+        **{name: value for name, value in agreed.figures.items() if name != "rankings"},  # those are `judgments` here
     }
-    return Collected([*rankings, *filled_in], figures, held_out, apart, joined.counts)
+    return Collected([*rankings, *filled_in], figures, held_out, apart, agreed)
+
+
+def told_of_people(agreed: Agreement | None) -> dict[str, Any]:
+    if agreed is None:
+        return {}
+    rows = {
+        row["labeler"]: {name: value for name, value in row.items() if name != "labeler"} for row in agreed.labelers
+    }
+    return {"by_labeler": rows, "flags": agreed.flags, "skip_reasons": agreed.skip_reasons}
 
 
 def queue_of(samples: Sequence[Samples], params: Params) -> Queue:
@@ -196,7 +213,7 @@ def recorded(stage: Stage) -> Collected:
     ]
     tell_unused_judgments(stage)
     figures = NOTHING_KNOWN | {"labelers_agreement": agreement_among(rankings)}
-    return Collected(rankings, figures, held_out, [], {})
+    return Collected(rankings, figures, held_out, [], None)
 
 
 def by_simulated_labelers(stage: Stage) -> Collected:
@@ -226,7 +243,7 @@ def by_simulated_labelers(stage: Stage) -> Collected:
         "by_people": 0,
         "by_simulated": len(rankings),
     }
-    return Collected(rankings, figures, by_share(params), [], {})
+    return Collected(rankings, figures, by_share(params), [], None)
 
 
 NOTHING_KNOWN: Figures = {
@@ -334,15 +351,6 @@ def agreement_among(rankings: Sequence[Ranking]) -> float | None:
                 ranks = dict(zip(other.responses, other.ranks, strict=True))
                 marks += pair_marks(one.ranks, [-float(ranks[response]) for response in one.responses])
     return mean(marks)
-
-
-def pair_marks(ranks: Sequence[int], scores: Sequence[float]) -> list[float]:
-    """Of each pair ranked without a tie: 1 where the scores order it alike, 0 where not, 1/2 where they are equal."""
-    return [
-        0.5 if score_a == score_b else float((rank_a < rank_b) == (score_a > score_b))
-        for (rank_a, score_a), (rank_b, score_b) in combinations(zip(ranks, scores, strict=True), 2)
-        if rank_a != rank_b
-    ]
 
 
 def mean(marks: Sequence[float]) -> float | None:
