@@ -181,19 +181,16 @@ def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
     lacking = "" if gold else " There is no gold score: these prompts have no ticket."
     turned = " and has come down since" if gates.figure_at(evaluation, "overoptimisation.turned_down") else ""
     height = f"gold was highest after update {told(evaluation, peak)}{turned}"
-    heard = ""
-    if gates.figure_at(reward, "reward.held_out_labelers_accuracy") is not None:
-        heard = (
-            f", {told(reward, 'reward.held_out_labelers_accuracy', '.0%')} of those of labelers it did not learn from"
-        )
+    others = "reward.held_out_labelers_accuracy"
+    heard = f"; of held-out labelers' pairs {told(reward, others, '.0%')}" if gates.figure_at(reward, others) else ""
     lines = [
         f"**Policy against SFT**: win rate {told(judged, 'win_rate', '.0%')} by {judged.get('by', 'nobody')}; its "
         f"{gained} gained {told(evaluation, f'{gained}.gain')}: {of(gained)}.{lacking}",
         f"**What it cost**: KL {told(evaluation, 'kl')} nats an answer; length {of('length')} tokens; ended properly "
         f"{of('ended')}; repetition {of('repetition')}.",
-        f"**Reward model**: orders {told(reward, 'reward.accuracy', '.0%')} of held-out pairs as the labelers did{heard}; "
+        f"**Reward model**: orders {told(reward, 'reward.accuracy', '.0%')} of held-out pairs as the labelers did; "
         f"their noise allows {told(reward, 'reward.noise_ceiling', '.0%')}; calibration error "
-        f"{told(reward, 'reward.calibration_error')}.",
+        f"{told(reward, 'reward.calibration_error')}{heard}.",
         f"**Labels**: {whose_labels(reports)}.",
         f"**Over-optimisation**: kept after update {told(evaluation, 'overoptimisation.kept_update')}; "
         f"{'gold was not measured on the way' if gates.figure_at(evaluation, peak) is None else height}.",
