@@ -126,7 +126,9 @@ SHARES = {"win": 0.75, "tie": 0.0, "loss": 0.25, "win_rate": 0.75, "win_rate_low
 ANSWERS = {"sft": 0.5, "base": 0.5, "policy": 0.5}
 
 
-def page(*, gold: int, judge: bool = False, rank: Any = None, demonstrate: Any = None, **reward_more: float) -> str:
+def page(
+    *, gold: int, judge: bool = False, rank: Any = None, demonstrate: Any = None, more_of_reward: Any = None
+) -> str:
     """Of a run on four prompts. gold: how many of them have a ticket. rank, demonstrate: figures of people's work."""
     evaluation: dict[str, Any] = {
         "prompts": 4,
@@ -154,7 +156,7 @@ def page(*, gold: int, judge: bool = False, rank: Any = None, demonstrate: Any =
             "reward": {
                 "reward": reward
                 | {"noise_ceiling": None, "calibration_error": 0.1, "held_out_labelers_accuracy": None}
-                | reward_more
+                | (more_of_reward or {})
             },
             **{name: {name: {"rows": 4}} for name in ("prepare", "sample")},
             "demonstrate": {"demonstrate": demonstrate or {"count": 4, "people": {}}},
@@ -202,21 +204,14 @@ def test_the_page_without_with_and_with_some_gold_scores() -> None:
 
 
 PEOPLE: dict[str, Any] = {
-    "items": 20,
-    **{
-        "judgments": 30,
-        "labelers": 3,
-        "shared_items": 10,
-        "agreement": 0.7,
-        "agreement_low": 0.6,
-        "agreement_high": 0.8,
-    },
-    **{"alpha": 0.45, "alpha_ratings": None, "missing_judgments": 2, "other_judgments": 7, "left_out_judgments": 5},
-    **{"replaced_judgments": 1, "set_aside_items": 3},
+    **{"items": 20, "judgments": 30, "labelers": 3, "shared_items": 10},
+    **{"agreement": 0.7, "agreement_low": 0.6, "agreement_high": 0.8, "alpha": 0.45, "alpha_ratings": None},
+    **{"missing_judgments": 2, "other_judgments": 7, "left_out_judgments": 5, "replaced_judgments": 1},
+    "set_aside_items": 3,
 }
 
 
-def by_labeler(**rows: dict[str, Any]) -> dict[str, Any]:
+def by_labeler(rows: dict[str, Any]) -> dict[str, Any]:
     return {"by_labeler": rows, "skip_reasons": {}}
 
 
@@ -225,12 +220,12 @@ def test_the_people_behind_a_run() -> None:
     eve = {"rankings": 15, "far": True, "flagged_share": 0.0, "skips": 1, "median_seconds": 4.0, **shares}
     few = {"rankings": 0, "far": False, "tied_share": None, "flagged_share": None, "skips": 2, "median_seconds": None}
     bo = {"demonstrations": 9, "median_words": 30.0, "skips": 4, "median_seconds": 80.0}
+    theirs = {"accuracy": 0.66, "accuracy_low": 0.66, "accuracy_high": 0.66, "pairs": 44}
     said = page(
         gold=4,
-        rank=PEOPLE | {"people": by_labeler(**{"eve <b>": eve, "fox": few})},
-        demonstrate=PEOPLE | {"too_long": 6, "people": by_labeler(bo=bo)},
-        **{f"held_out_labelers_{name}": 0.66 for name in ("accuracy", "accuracy_low", "accuracy_high")},
-        held_out_labelers_pairs=44,
+        rank=PEOPLE | {"people": by_labeler({"eve <b>": eve, "fox": few})},
+        demonstrate=PEOPLE | {"too_long": 6, "people": by_labeler({"bo": bo})},
+        more_of_reward={f"held_out_labelers_{name}": value for name, value in theirs.items()},
     )
     text = " ".join(re.sub(r"<[^>]+>", " ", said).split())
     assert "4 demonstrations, all simulated." in text
@@ -249,7 +244,7 @@ def test_the_people_behind_a_run() -> None:
 def test_without_people_and_with_too_few_of_them() -> None:
     assert "Two people order" not in page(gold=4)
     assert "from whom it learned nothing" not in page(gold=4)
-    few = PEOPLE | {"agreement": None, "people": by_labeler()}
+    few = PEOPLE | {"agreement": None, "people": by_labeler({})}
     assert "Too few items were ranked by several people to say how far they agree." in page(gold=4, rank=few)
 
 
