@@ -18,11 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.dvc_stage import Outcome
+from tasks.labels.whose import whose_labels
 from tasks.lineage import StageSpec, git_state, locked_outs
 from tasks.tracking import runs_url
 
 SAMPLES = Path("data/reports/evaluation/samples.jsonl")
 METRICS = SAMPLES.parent / "metrics.json"
+LABELS = {stage: Path(f"data/reports/{stage}/metrics.json") for stage in ("demonstrate", "rank")}
 SHOWN = 5  # prompts in the Markdown report
 WIDE = 140  # columns from which a whole address fits into the table
 COLOURS = {"ran": "green", "cached": "blue", "failed": "bold red", "not run": "dim"}
@@ -154,6 +156,9 @@ def evaluation() -> str:
         "win rate over SFT by the reward model": "score_win_rate",
         "KL from SFT, nats": "kl",
     }
+    if all(file.exists() for file in LABELS.values()):
+        labels = whose_labels({stage: json.loads(file.read_text()) for stage, file in LABELS.items()})
+        rows += ["", f"Labels: {labels}."]
     rows += ["", *(f"- {told}: {_interval(figures, key)}" for told, key in more.items() if key in figures), ""]
     samples = [json.loads(line) for line in SAMPLES.read_text().splitlines()[:SHOWN]]
     for sample in samples:

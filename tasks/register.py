@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import gates, registry
 from tasks.datasets import SideBySide, read_rows, write_json
+from tasks.labels.whose import whose_labels
 from tasks.lineage import hash_path
 from tasks.stage import Stage, UserError
 from tasks.tracking import connect, masked, tracking_uri
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 MODELS = ("sft", "reward", "policy")
-REPORTS = ("prepare", "reward", "evaluation", "judge")
+REPORTS = ("prepare", "demonstrate", "rank", "reward", "evaluation", "judge")
 SAMPLES = "data/reports/evaluation/samples.jsonl"
 CANDIDATE = "candidate"
 WAITS = "waits for approval"
@@ -162,7 +163,7 @@ def against(
 
 
 def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """A run in four lines of Markdown."""
+    """A run in five lines of Markdown."""
     reward, evaluation = reports["reward"], reports["evaluation"]
     judged = gates.judged(gates.together(reports.values()))
     gold, peak = "gold" in evaluation, "overoptimisation.gold_peak_update"
@@ -180,6 +181,8 @@ def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
     lacking = "" if gold else " There is no gold score: these prompts have no ticket."
     turned = " and has come down since" if gates.figure_at(evaluation, "overoptimisation.turned_down") else ""
     height = f"gold was highest after update {told(evaluation, peak)}{turned}"
+    others = "reward.held_out_labelers_accuracy"
+    heard = f"; of held-out labelers' pairs {told(reward, others, '.0%')}" if gates.figure_at(reward, others) else ""
     lines = [
         f"**Policy against SFT**: win rate {told(judged, 'win_rate', '.0%')} by {judged.get('by', 'nobody')}; its "
         f"{gained} gained {told(evaluation, f'{gained}.gain')}: {of(gained)}.{lacking}",
@@ -187,7 +190,8 @@ def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
         f"{of('ended')}; repetition {of('repetition')}.",
         f"**Reward model**: orders {told(reward, 'reward.accuracy', '.0%')} of held-out pairs as the labelers did; "
         f"their noise allows {told(reward, 'reward.noise_ceiling', '.0%')}; calibration error "
-        f"{told(reward, 'reward.calibration_error')}.",
+        f"{told(reward, 'reward.calibration_error')}{heard}.",
+        f"**Labels**: {whose_labels(reports)}.",
         f"**Over-optimisation**: kept after update {told(evaluation, 'overoptimisation.kept_update')}; "
         f"{'gold was not measured on the way' if gates.figure_at(evaluation, peak) is None else height}.",
     ]

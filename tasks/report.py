@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from tasks import figures, gates
 from tasks.datasets import SideBySide, read_rows
+from tasks.labels.whose import whose_labels
 from tasks.lineage import hash_path
 from tasks.stage import Stage
 from tasks.tracking import flat_params
@@ -52,6 +53,7 @@ def run(stage: Stage) -> None:
         "figures": main_figures(reports),
     }
     page = render(
+        labels=whose_labels(reports),
         reports=reports,
         evaluation=reports["evaluation"],
         judged=gates.judged(gates.together(reports.values())),

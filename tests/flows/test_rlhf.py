@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from flows import dvc_stage
 from flows.report import METRICS, SAMPLES, Report, Row, evaluation, figure_of
 from flows.rlhf import main, needed, rlhf
+from tasks.datasets import write_json
 from tasks.lineage import load_stages
 from tests.flows.toy import Toy, ask, wait_until
 
@@ -163,6 +164,11 @@ def test_the_evaluation_in_markdown_without_a_gold_score(tmp_path: Path, monkeyp
     assert "There is no gold score: these prompts have no ticket." in told
     assert "- win rate over SFT by the reward model: 0.75 [0.75, 0.75]" in told
     assert "gold |" not in told
+    assert "Labels" not in told
+    for stage, count in (("demonstrate", "count"), ("rank", "rankings")):
+        report = {stage: {count: 9, "by_people": 4, "by_simulated": 5}}
+        write_json(tmp_path / f"data/reports/{stage}/metrics.json", report)
+    assert "Labels: 9 demonstrations: 4 by people, 5 simulated; 9 rankings: 4 by people, 5 simulated." in evaluation()
     METRICS.write_text(
         json.dumps({"gold": score, "score": score, **rate, "win_rate": 1, "win_rate_low": 1, "win_rate_high": 1})
     )

@@ -46,6 +46,8 @@ EVALUATION: dict[str, Any] = {
 }
 REPORTS = {
     "prepare": {"prepare": {"failed_checks": 0}},
+    "demonstrate": {"demonstrate": {"count": 12, "by_people": 2, "by_simulated": 10}},
+    "rank": {"rank": {"rankings": 10, "by_people": 10, "by_simulated": 0}},
     "reward": {"reward": {"accuracy": 0.8, "calibration_error": 0.05}},
     "evaluation": EVALUATION,
     "judge": {"judge": {"used": 0}},
@@ -153,15 +155,16 @@ def test_the_run_and_the_version_say_what_happened(repo: Path) -> None:
     note = run.data.tags["mlflow.note.content"]
     assert client.get_run(run.data.tags["mlflow.parentRunId"]).data.tags["mlflow.note.content"] == note
     lines = note.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert lines[0] == (
         "- **Policy against SFT**: win rate 80% by the gold score on 40 prompts; its gold gained 0.25: 0.75 (SFT 0.5)."
     )
     assert "KL 3.5 nats an answer; length 38 (SFT 40) tokens" in lines[1]
     assert "80% of held-out pairs as the labelers did; their noise allows not measured" in lines[2]
-    assert lines[3].endswith("kept after update 8; gold was highest after update 6 and has come down since.")
-    assert lines[4] == "- **Gates**: all 12 passed. policy/1: promoted."
-    assert all(line in version.description for line in lines[:4])
+    assert lines[3] == "- **Labels**: 12 demonstrations: 2 by people, 10 simulated; 10 rankings, all by people."
+    assert lines[4].endswith("kept after update 8; gold was highest after update 6 and has come down since.")
+    assert lines[5] == "- **Gates**: all 12 passed. policy/1: promoted."
+    assert all(line in version.description for line in lines[:5])
 
 
 def test_no_weights_are_copied(repo: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,10 @@ SHARES = {"win": 0.75, "tie": 0.0, "loss": 0.25, "win_rate": 0.75, "win_rate_low
 ANSWERS = {"sft": 0.5, "base": 0.5, "policy": 0.5}
 
 
-def page(*, gold: int, judge: bool = False) -> str:
-    """Of a run on four prompts. gold: how many of them have a ticket."""
+def page(
+    *, gold: int, judge: bool = False, rank: Any = None, demonstrate: Any = None, more_of_reward: Any = None
+) -> str:
+    """Of a run on four prompts. gold: how many of them have a ticket. rank, demonstrate: figures of people's work."""
     evaluation: dict[str, Any] = {
         "prompts": 4,
         **{"kl": 9.0, "kl_low": 8.0, "kl_high": 10.0},
@@ -150,9 +153,16 @@ def page(*, gold: int, judge: bool = False) -> str:
                     **{"agreement": 0.9, "labelled_pairs": 20, "versus": verdicts},
                 }
             },
-            "reward": {"reward": reward | {"noise_ceiling": None, "calibration_error": 0.1}},
-            **{name: {name: {"rows": 4}} for name in ("prepare", "demonstrate", "sample", "rank")},
+            "reward": {
+                "reward": reward
+                | {"noise_ceiling": None, "calibration_error": 0.1, "held_out_labelers_accuracy": None}
+                | (more_of_reward or {})
+            },
+            **{name: {name: {"rows": 4}} for name in ("prepare", "sample")},
+            "demonstrate": {"demonstrate": demonstrate or {"count": 4, "people": {}}},
+            "rank": {"rank": rank or {"rankings": 4, "people": {}}},
         },
+        labels="4 demonstrations, all simulated",
         evaluation=evaluation,
         judged={"win_rate": 0.75, "win_rate_low": 0.7, "win_rate_high": 0.8, "by": f"{by} on {gold or 4} prompts"},
         figures=dict.fromkeys(
@@ -191,6 +201,51 @@ def test_the_page_without_with_and_with_some_gold_scores() -> None:
     for one in (without, some, full):
         assert "nan" not in one.lower()
         assert "labelers' noise is not known" in one
+
+
+PEOPLE: dict[str, Any] = {
+    **{"items": 20, "judgments": 30, "labelers": 3, "shared_items": 10},
+    **{"agreement": 0.7, "agreement_low": 0.6, "agreement_high": 0.8, "alpha": 0.45, "alpha_ratings": None},
+    **{"missing_judgments": 2, "other_judgments": 7, "left_out_judgments": 5, "replaced_judgments": 1},
+    "set_aside_items": 3,
+}
+
+
+def by_labeler(rows: dict[str, Any]) -> dict[str, Any]:
+    return {"by_labeler": rows, "skip_reasons": {}}
+
+
+def test_the_people_behind_a_run() -> None:
+    shares = {"agreement": 0.5, "agreement_low": 0.4, "agreement_high": 0.6, "among_others": 0.9, "tied_share": 0.25}
+    eve = {"rankings": 15, "far": True, "flagged_share": 0.0, "skips": 1, "median_seconds": 4.0, **shares}
+    few = {"rankings": 0, "far": False, "tied_share": None, "flagged_share": None, "skips": 2, "median_seconds": None}
+    bo = {"demonstrations": 9, "median_words": 30.0, "skips": 4, "median_seconds": 80.0}
+    theirs = {"accuracy": 0.66, "accuracy_low": 0.66, "accuracy_high": 0.66, "pairs": 44}
+    said = page(
+        gold=4,
+        rank=PEOPLE | {"people": by_labeler({"eve <b>": eve, "fox": few})},
+        demonstrate=PEOPLE | {"too_long": 6, "people": by_labeler({"bo": bo})},
+        more_of_reward={f"held_out_labelers_{name}": value for name, value in theirs.items()},
+    )
+    text = " ".join(re.sub(r"<[^>]+>", " ", said).split())
+    assert "4 demonstrations, all simulated." in text
+    assert "30 rankings by 3 people, 10 of 20 items by several of them." in text
+    assert "Two people order 70 % [60, 80] of the pairs alike; InstructGPT's labelers did 72.6" in text
+    assert "alpha of the pairs is 0.450, of the ratings –." in text
+    assert "Not used: 7 of samples that are not there any more, 5 of people who are left out, 1 that the same" in text
+    assert "eve &lt;b&gt; far from the rest 15 50 % [40, 60] 90 % 25 % 0 % 1 4.00" in text
+    assert "fox 0 too few shared items – – 2 –" in text
+    assert "30 demonstrations by 3 people, 6 of them too long to be used. 2 more are wanted." in text
+    assert "bo 9 30.0 4 80.0" in text
+    assert "of 44 pairs that labelers ranked from whom it learned nothing, 66 % [66, 66] (InstructGPT: 69.6" in text
+    assert "by_labeler" not in text
+
+
+def test_without_people_and_with_too_few_of_them() -> None:
+    assert "Two people order" not in page(gold=4)
+    assert "from whom it learned nothing" not in page(gold=4)
+    few = PEOPLE | {"agreement": None, "people": by_labeler({})}
+    assert "Too few items were ranked by several people to say how far they agree." in page(gold=4, rank=few)
 
 
 def test_a_judge_without_a_noise_ceiling() -> None:
