@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.replay import Store, lineage
 from flows.workspace import ALL, BRANCHES, WORKSPACES, Workspace, commit_of, git, held, identity
+from tasks.ancestry import Store, lineage
 from tasks.lineage import load_stages
 from tasks.stage import UserError
 from tasks.tracking import connect, mlflow_told
