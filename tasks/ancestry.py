@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.lineage import StageSpec, upstream
+from tasks.lineage import StageSpec, load_stages, upstream
 from tasks.stage import UserError
 from tasks.tracking import masked, tracking_uri
 
@@ -127,10 +127,11 @@ class Store:
             if path == out:
                 return md5
             if inside(path, out) and md5.endswith(".dir"):
-                return self._listing(md5, out).get(path.removeprefix(out + "/"), "")
+                return self.listing(md5, out).get(path.removeprefix(out + "/"), "")
         return ""
 
-    def _listing(self, md5: str, path: str) -> dict[str, str]:
+    def listing(self, md5: str, path: str) -> dict[str, str]:
+        """{file: hash} of a folder; empty where it cannot be had."""
         from tasks.registered_model import fetch_object
 
         if md5 not in self._listings:
@@ -144,6 +145,16 @@ class Store:
                     raise UserError(str(error)) from None
                 self._listings[md5] = {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text())}
         return self._listings[md5]
+
+    def put_within(self, hashes: dict[str, str], path: str, folder: Path) -> Path:
+        """A file that is one of these, or lies within one, put into the folder."""
+        md5 = self.hash_within(hashes, path)
+        if not md5:
+            owner = next(out for out in hashes if inside(path, out))
+            raise UserError(f"{path}: {owner} ({hashes[owner]}) is in no store, or does not hold it")
+        target = folder / Path(path).name
+        self.put(path, md5, target)
+        return target
 
     def put(self, path: str, md5: str, target: Path) -> None:
         """The file or folder with this hash, to a place where nothing is."""
@@ -186,6 +197,18 @@ class Store:
                 target.write_bytes(content[:length])
                 return True
         return False
+
+
+def stages_at(repository: Path, commit: str) -> tuple[dict[str, StageSpec], bool]:
+    """(the stages as dvc.yaml had them at the commit, True), or as it has them now, and False where git has no such
+    commit."""
+    command = ["git", "show", f"{commit}:dvc.yaml"]
+    told = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    if not commit or told.returncode:
+        return load_stages(repository), False
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "dvc.yaml").write_text(told.stdout)
+        return load_stages(Path(folder)), True
 
 
 def literal(text: str) -> Any:

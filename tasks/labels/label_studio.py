@@ -136,7 +136,7 @@ requiredMessage="Write an answer, or skip"/>
 
 _WHY_SKIPPED = (
     '<TextArea name="why_skipped" toName="prompt" rows="1" maxSubmissions="1" editable="true" '
-    'placeholder="Only if you skip: why?"/>'
+    'placeholder="Only if you skip: why? Enter keeps it"/>'
 )
 
 
@@ -195,7 +195,7 @@ def read_exports(
                     found.dropped.append(f"{where}, {_annotation(one)}: {why}")
     for job, rows in judgments.items():
         path, row_type = LABELS[job]
-        before = recorded(home / path, row_type) if rows else []
+        before = recorded(home / path, row_type) if rows and (home / path).exists() else []
         known = {_said(row) for row in before}
         stands = {(row.item, row.labeler): row.ended_at for row in standing(before)}
         for row in sorted(rows, key=lambda row: row.ended_at):
@@ -211,8 +211,10 @@ def read_exports(
 
 def save(found: Imported, home: Path) -> None:
     for job, rows in found.new.items():
+        path = home / LABELS[job][0]
         if rows:
-            append_all(rows, home / LABELS[job][0])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append_all(rows, path)
 
 
 def task_data(data: object) -> TaskData:
@@ -249,7 +251,7 @@ def judgment(
     if annotation.get("was_cancelled"):
         skipped = " ".join(values["why_skipped"].get("text") or []).strip() or NO_REASON
     started_at, ended_at = times(annotation)
-    said = {
+    said: dict[str, Any] = {
         "item": task.item,
         "prompt": task.prompt,
         "labeler": labeler,

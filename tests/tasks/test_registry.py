@@ -124,7 +124,8 @@ def test_mistakes_are_told(client: Any, arguments: list[str], told: str, capsys:
 
 def test_names_of_versions() -> None:
     assert [parse_version(text) for text in ("policy/3", "3", "models:/policy/3", "policy@champion")] == [
-        *("3", "3", "3", "@champion"),
+        *(("policy", "3"), ("policy", "3"), ("policy", "3"), ("policy", "@champion")),
     ]
+    assert parse_version("models:/reward@candidate") == ("reward", "@candidate")
     with pytest.raises(UserError):
         parse_version("policy")
