@@ -173,7 +173,9 @@ def written_demonstrations(run: Recorded, content: Content) -> list[Count]:
     labeler = run.params.get("demonstrate.labeler", "")
     taken = content.rows(run.outs, f"{DEMONSTRATIONS}/demonstrations.jsonl", Demonstration)
     people = content.rows(run.deps, WRITTEN, WrittenDemonstration) if WRITTEN in run.deps else []
-    answers = None if taken is None else {(item_id(row.prompt), row.labeler, row.response) for row in taken}
+    answers: set[tuple[str, str, str | None]] | None = set()  # what the stage took of people
+    if labeler == "human":
+        answers = None if taken is None else {(item_id(row.prompt), row.labeler, row.response) for row in taken}
     counts = of_people(
         "demonstrate",
         WRITTEN,
@@ -430,7 +432,7 @@ FILES_SHOWN = 10
 
 
 def totals(labels: Sequence[Count]) -> list[str]:
-    """`rank: 12 used by 3 human labelers, 4 by 2 simulated`, one line a job."""
+    """`rank took 12 by 3 human labelers, 4 by 1 simulated labeler`, one line a job."""
     found = []
     for job in dict.fromkeys(one.job for one in labels):
         parts = []
@@ -442,7 +444,7 @@ def totals(labels: Sequence[Count]) -> list[str]:
                 )
                 people = len({one.labeler for one in own})
                 parts.append(f"{used} by {people} {kind} labeler{'s' * (people > 1)}")
-        found.append(f"{job}: {', '.join(parts) or 'nothing was used'}")
+        found.append(f"{job} took {', '.join(parts) or 'nothing'}")
     return found
 
 
