@@ -180,9 +180,9 @@ def read_exports(
     for file in files:
         for place, task in enumerate(_tasks(file), start=1):
             where = f"{file}, task {task.get('id', f'number {place}')}"
-            annotations = [one for one in task["annotations"] if isinstance(one, dict)]
+            annotations = [one if isinstance(one, dict) else {} for one in task["annotations"]]
             found.unlabelled += not annotations
-            found.drafts += len(task.get("drafts") or [])
+            found.drafts += len(_list(task.get("drafts")))
             try:
                 data = task_data(task["data"])
             except DroppedError as why:
@@ -244,12 +244,12 @@ def judgment(
 ) -> Judgment:
     """What one annotation says of its task."""
     values: dict[str, Any] = defaultdict(dict)
-    for one in annotation.get("result") or []:
+    for one in _list(annotation.get("result")):
         if isinstance(one, dict) and isinstance(one.get("value"), dict):
             values[str(one.get("from_name"))] = one["value"]
     skipped = None
     if annotation.get("was_cancelled"):
-        skipped = " ".join(values["why_skipped"].get("text") or []).strip() or NO_REASON
+        skipped = _text(values["why_skipped"]).strip() or NO_REASON
     started_at, ended_at = times(annotation)
     said: dict[str, Any] = {
         "item": task.item,
@@ -283,8 +283,7 @@ def judgment(
 
 def written(value: Mapping[str, Any], max_tokens: int | None, tokens: Callable[[str], int] | None) -> str:
     """A demonstration's text."""
-    texts = value.get("text")
-    response = "\n".join(texts) if isinstance(texts, list) else str(texts or "")
+    response = _text(value)
     if not response.strip():
         raise DroppedError("no answer was written")
     if tokens and max_tokens and (length := tokens(response)) > max_tokens:
@@ -294,15 +293,15 @@ def written(value: Mapping[str, Any], max_tokens: int | None, tokens: Callable[[
 
 def ranked(values: Mapping[str, Mapping[str, Any]], count: int) -> tuple[list[int], list[list[Flag]], list[int | None]]:
     """(ranks, flags, ratings) of the outputs in the order shown."""
-    given = [values[f"place_{place}"].get("choices") for place in range(count)]
+    given = [_list(values[f"place_{place}"].get("choices")) for place in range(count)]
     if lacking := sum(not choices for choices in given):
         raise DroppedError(f"{lacking} of {count} answers have no place")
     try:
-        places = [int(choices[0]) for choices in given if choices]
+        places = [int(choices[0]) for choices in given]
     except (ValueError, TypeError):
         raise DroppedError("a place is not a number") from None
     ranks = [1 + sum(other < place for other in places) for place in places]  # 1, 2, 2, 4
-    flags = [[flag for flag in FLAGS if flag in (values[f"flags_{at}"].get("choices") or [])] for at in range(count)]
+    flags = [[flag for flag in FLAGS if flag in _list(values[f"flags_{at}"].get("choices"))] for at in range(count)]
     return ranks, flags, [values[f"rating_{at}"].get("rating") for at in range(count)]
 
 
@@ -347,6 +346,15 @@ def _tasks(file: Path) -> list[dict[str, Any]]:
             "JSON-MIN or another format. Nothing was imported."
         )
     return tasks
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    """Of a TextArea."""
+    return "\n".join(str(line) for line in _list(value.get("text")))
 
 
 def _annotation(one: Mapping[str, Any]) -> str:

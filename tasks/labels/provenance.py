@@ -28,11 +28,13 @@ from tasks.ancestry import Recorded, Store, inside, lineage, literal, stages_at
 from tasks.datasets import AnyRow, Demonstration, Ranking, Samples, Vote, prompt_id, read_rows
 from tasks.labels.judgments import JudgedRanking, WrittenDemonstration, item_id, standing
 from tasks.lineage import StageSpec
+from tasks.register import find_version
 from tasks.registry import COMPANIONS, resolve
 from tasks.stage import UserError
 from tasks.tracking import connect, masked, mlflow_told, tracking_uri
 
 DEMONSTRATIONS = "data/collected/demonstrations"
+MODELS = "data/models"
 SAMPLES = "data/collected/samples"
 RANKINGS = "data/collected/rankings"
 WRITTEN = "data/labels/demonstrations.jsonl"
@@ -77,7 +79,7 @@ class Made:
     commit: str
     dirty: bool  # it ran beside uncommitted changes
     outs: dict[str, str]
-    versions: list[str]  # registered ones among the outs
+    versions: dict[str, str]  # {out: the registered version that it is}
 
 
 @dataclass
@@ -125,12 +127,11 @@ def provenance(text: str) -> Provenance:
         if SAMPLES in run.outs:
             found.samples = samples(run.outs, Content(store, found.lost))
         found.settings |= {key: value for key, value in run.params.items() if key.startswith(SETTINGS)}
-        versions = [
-            f"{model.name}/{model.version}"
-            for md5 in run.outs.values()
-            for model in client.search_model_versions(f"tags.`dvc.md5` = '{md5}'")
-        ]
-        found.stages.append(Made(run.stage, run.run_id, run.commit, run.dirty, run.outs, sorted(versions)))
+        registered = {
+            out: find_version(client, Path(out).name, md5) for out, md5 in run.outs.items() if inside(out, MODELS)
+        }
+        versions = {out: f"{Path(out).name}/{number}" for out, number in registered.items() if number}
+        found.stages.append(Made(run.stage, run.run_id, run.commit, run.dirty, run.outs, versions))
     found.files = beginnings(runs, specs, Content(store, found.lost))
     return found
 
@@ -419,10 +420,11 @@ def shown(found: Provenance, console: Console) -> None:
         outs = [(out, md5) for out, md5 in made.outs.items() if not out.startswith("data/reports/")]
         for number, (out, md5) in enumerate(outs):
             first = (made.stage, made.run[:8], commit) if number == 0 else ("", "", "")
-            versions = f" ({', '.join(made.versions)})" if made.versions and out.startswith("data/models/") else ""
-            table.add_row(*first, out + versions, md5)
+            table.add_row(*first, f"{out} ({made.versions[out]})" if out in made.versions else out, md5)
     console.print(table)
     for key, value in sorted(found.settings.items()):
+        if key == "labelers" and not any(one.kind == "simulated" for one in found.labels):
+            continue  # the simulated ones, of whom nobody was asked
         console.print(f"{key}: {value}", markup=False)
     for line in found.lost:
         console.print(f"not to be had any more: {line}", markup=False, style="yellow")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tasks.labels import __main__ as program
 from tasks.labels.judgments import DEMONSTRATIONS, RANKINGS, JudgedRanking, WrittenDemonstration, item_id
 from tasks.labels.label_studio import NO_REASON, export, read_exports, save
 from tasks.labels.queue import Item, Job, Queue, open_queue
+from tasks.stage import UserError
 
 SHORT = single("Where is my <b>order</b>?\nIt is late.")
 LONG: Conversation = [
@@ -240,6 +241,38 @@ def test_a_changed_annotation_holds_and_an_old_export_does_not_take_it_back(home
     assert "said something else later, which stands" in found.dropped[0]
     (row,) = read_rows(home / RANKINGS, JudgedRanking)
     assert [row.ranks[index] for index in row.order] == [3, 2, 1]
+
+
+def paths_in(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield here
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from paths_in(one, (*here, key))
+
+
+@pytest.mark.parametrize("job", ["rank", "demonstrate"])
+def test_whatever_stands_in_an_export_it_is_taken_or_told(home: Path, job: Job) -> None:
+    """Each value of a real export in turn is something else; nothing but a UserError may come of it."""
+    text = REAL[job].read_text()
+    file = home / "out.json"
+    known = 0
+    for place in paths_in(json.loads(text)):
+        for other in (None, 0, "x", [None], {}):
+            whole = {"tasks": json.loads(text)}
+            inner: Any = whole
+            for key in ("tasks", *place)[:-1]:
+                inner = inner[key]
+            inner[("tasks", *place)[-1]] = other
+            file.write_text(json.dumps(whole["tasks"]))
+            try:
+                found = read_exports([file], home, {"1": "ann"}, len)
+            except UserError:
+                continue
+            known += 1
+            rows = found.new["rank"] + found.new["demonstrate"]
+            there = len([one for task in whole["tasks"] for one in task["annotations"]])
+            assert len(rows) + len(found.dropped) == there, f"{place}: {other!r}"
+    assert known > 50
 
 
 @pytest.mark.parametrize(

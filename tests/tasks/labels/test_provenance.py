@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -154,7 +154,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / ".gitignore", folder)
     (folder / "data/raw").mkdir(parents=True)
     (folder / "data/raw/notes.txt").write_text("raw\n")
-    labels = {WRITTEN: WROTE, JUDGED: RANKED, VOTES: [VOTE]}
+    labels: dict[str, Sequence[Row]] = {WRITTEN: WROTE, JUDGED: RANKED, VOTES: [VOTE]}
     hashes = {path: lines(folder / path, rows) for path, rows in labels.items()}
     shell(folder, "git", "add", ".")
     shell(folder, "git", "commit", "--quiet", "-m", "Labels")
@@ -204,7 +204,7 @@ def record(folder: Path, hashes: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def repository(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def repository(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy to damage."""
     folder = tmp_path / "repo"
     shutil.copytree(original, folder)
@@ -238,9 +238,8 @@ def test_files_samples_models_and_commits(repository: Path) -> None:
     assert (found.version, found.aliases, found.path) == ("policy/1", ["candidate"], "data/models/policy")
     assert [stage.stage for stage in found.stages] == ["demonstrate", "sft", "sample", "rank", "reward", "ppo"]
     assert {stage.stage: stage.versions for stage in found.stages if stage.versions} == {
-        "sft": ["sft/1"],
-        "reward": ["reward/1"],
-        "ppo": ["policy/1"],
+        name: {f"data/models/{model}": f"{model}/1"}
+        for name, model in (("sft", "sft"), ("reward", "reward"), ("ppo", "policy"))
     }
     assert [stage.stage for stage in found.stages if stage.dirty] == ["sft"]
     commit = shell(repository, "git", "rev-parse", "HEAD").strip()
