@@ -195,13 +195,17 @@ def judged_rankings(run: Recorded, content: Content) -> list[Count]:
     taken = content.rows(run.outs, f"{RANKINGS}/rankings.jsonl", Ranking)
     people = content.rows(run.deps, JUDGED, JudgedRanking) if JUDGED in run.deps else []
     votes = (content.rows(run.deps, VOTES, Vote) if VOTES in run.deps else []) or []
-    sides = {row.id: row.held_out for row in taken or []}  # all rankings of a prompt are on one side
+    of_held_out_labelers = f"{RANKINGS}/held_out_labelers.jsonl"  # since there are any
+    kept_apart = []
+    if content.store.hash_within(run.outs, of_held_out_labelers):
+        kept_apart = content.rows(run.outs, of_held_out_labelers, Ranking) or []
     apart = set(literal(run.params.get("rank.human.held_out_labelers", "[]")))
+    sides = {row.id: row.held_out for row in [*(taken or []), *kept_apart]}  # all rankings of a prompt are on one side
     counts = []
     for name, rows in _by_labeler(votes).items():
-        used = sum(row.id in sides for row in rows) if taken is not None else None
-        held_out = sum(sides.get(row.id, False) for row in rows) if taken is not None else None
-        counts.append(Count("rank", "human", name, VOTES, used, held_out))
+        seen = None if taken is None else [row for row in rows if row.id in sides]
+        held_out = None if seen is None else sum(name in apart or sides[row.id] for row in seen)
+        counts.append(Count("rank", "human", name, VOTES, None if seen is None else len(seen), held_out))
     ranked: set[str] | None = set()  # the items that people were asked about
     if labeler == "human":
         sampled = content.rows(run.deps, f"{SAMPLES}/samples.jsonl", Samples)
@@ -214,11 +218,12 @@ def judged_rankings(run: Recorded, content: Content) -> list[Count]:
         used=None if ranked is None else lambda row: row.item in ranked,
         held_out=lambda row: row.labeler in apart or sides.get(prompt_id(row.prompt), False),
     )
-    others = _without(taken or [], votes)
+    others = [(row, row.held_out) for row in _without(taken or [], votes)]
+    others += [(row, True) for row in _without(kept_apart, votes)]
     if labeler == "human" and people is not None:
-        others = [row for row in others if row.labeler.startswith(SIMULATED)]
+        others = [(row, held_out) for row, held_out in others if row.labeler.startswith(SIMULATED)]
     source = "data/prepared/rankings" if labeler == "recorded" else JUDGED
-    return counts + of_stage("rank", labeler, source, [(row.labeler, row.held_out) for row in others])
+    return counts + of_stage("rank", labeler, source, [(row.labeler, held_out) for row, held_out in others])
 
 
 READERS = {"demonstrate": written_demonstrations, "rank": judged_rankings}

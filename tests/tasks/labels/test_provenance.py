@@ -81,6 +81,9 @@ def ranking(labeler: str, prompt: str, ranks: list[int], *, held_out: bool = Fal
 
 
 VOTE = Vote(**ranking("dee", "voted", [1, 2]).model_dump(), models=["policy/1", "sft"], seed=3, shown_at="2026-01-01")
+CLEO = Vote(
+    **ranking("cleo", "voted too", [2, 1]).model_dump(), models=["policy/1", "sft"], seed=4, shown_at="2026-01-01"
+)
 DEMONSTRATIONS = [
     Demonstration(id=prompt_id(single(prompt)), prompt=single(prompt), response=text, labeler=labeler)
     for prompt, text, labeler in (("p", "good", "ann"), ("q", "fine", "bo"), ("r", "made up", "simulated:ada"))
@@ -117,6 +120,7 @@ OF_DEMONSTRATIONS = [
     Count("demonstrate", "simulated", "simulated:ada", "stage demonstrate", used=1),
 ]
 OF_RANKINGS = [
+    Count("rank", "human", "cleo", VOTES, used=1, held_out=1),
     Count("rank", "human", "dee", VOTES, used=1, held_out=0),
     Count("rank", "human", "ann", JUDGED, used=2, held_out=1, superseded=1, skipped=1, other=1),
     Count("rank", "human", "bo", JUDGED, used=0, held_out=0, left_out=2),
@@ -154,7 +158,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / ".gitignore", folder)
     (folder / "data/raw").mkdir(parents=True)
     (folder / "data/raw/notes.txt").write_text("raw\n")
-    labels: dict[str, Sequence[Row]] = {WRITTEN: WROTE, JUDGED: RANKED, VOTES: [VOTE]}
+    labels: dict[str, Sequence[Row]] = {WRITTEN: WROTE, JUDGED: RANKED, VOTES: [VOTE, CLEO]}
     hashes = {path: lines(folder / path, rows) for path, rows in labels.items()}
     shell(folder, "git", "add", ".")
     shell(folder, "git", "commit", "--quiet", "-m", "Labels")
@@ -162,6 +166,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines(folder / "data/collected/demonstrations/demonstrations.jsonl", DEMONSTRATIONS)
     lines(folder / "data/collected/samples/samples.jsonl", SAMPLES)
     lines(folder / "data/collected/rankings/rankings.jsonl", RANKINGS)
+    apart = [ranking("cleo", "one", [1, 1]), ranking("cleo", "voted too", [2, 1])]
+    lines(folder / "data/collected/rankings/held_out_labelers.jsonl", apart)
     for name in ("prepared", "models/sft", "models/reward", "models/policy"):
         (folder / "data" / name).mkdir(parents=True)
         (folder / "data" / name / "content").write_text(name)
@@ -251,7 +257,7 @@ def test_files_samples_models_and_commits(repository: Path) -> None:
         "outputs": 7,
     }
     assert [(file.path, file.md5, file.holds) for file in found.files] == [
-        (VOTES, hash_path(repository / VOTES), "1 line"),
+        (VOTES, hash_path(repository / VOTES), "2 lines"),
         (WRITTEN, hash_path(repository / WRITTEN), "6 lines"),
         (JUDGED, hash_path(repository / JUDGED), "8 lines"),
     ]
@@ -363,7 +369,7 @@ def test_what_is_shown(repository: Path, capsys: pytest.CaptureFixture[str]) -> 
     told = capsys.readouterr().out
     assert "policy/1 (candidate): data/models/policy" in told
     assert "demonstrate took 2 by 2 human labelers, 1 by 1 simulated labeler" in told
-    assert "rank took 4 by 3 human labelers, 1 by 1 simulated labeler" in told
+    assert "rank took 5 by 3 human labelers, 1 by 1 simulated labeler" in told
     assert "7 outputs to 3 prompts" in told
     assert "+ uncommitted changes" in told
     assert hash_path(repository / JUDGED) in told
@@ -385,7 +391,9 @@ def test_other_labelers_are_never_taken_for_people(repository: Path, labeler: st
     ranked = judged_rankings(recorded(store, "rank", labeler, outs, deps), content)
     assert {(one.kind, one.labeler): one.used for one in ranked if one.used} == {
         ("human", "dee"): 1,
+        ("human", "cleo"): 1,
         (labeler, "ann"): 2,
+        (labeler, "cleo"): 1,
         (labeler, "simulated:ada"): 1,
     }
     assert {one.labeler: one.other for one in ranked if one.source == JUDGED} == {"ann": 3, "bo": 2, "cleo": 1}
