@@ -257,7 +257,8 @@ def test_whatever_stands_in_an_export_it_is_taken_or_told(home: Path, job: Job) 
     file = home / "out.json"
     known = 0
     for place in paths_in(json.loads(text)):
-        for other in (None, 0, "x", [None], {}):
+        others: tuple[Any, ...] = (None, 0, "x", [None], {})
+        for other in others:
             whole = {"tasks": json.loads(text)}
             inner: Any = whole
             for key in ("tasks", *place)[:-1]:
