@@ -110,7 +110,7 @@ def test_a_version_that_failed_gates_can_be_promoted_and_it_is_said(
     ("arguments", "told"),
     [
         (["promote", "policy/9", "--reason", "x"], "has no policy/9"),
-        (["promote", "sft/1", "--reason", "x"], "`sft/1` is no version of a model"),
+        (["promote", "sft/1", "--reason", "x"], "`sft/1` is no version of the policy"),
         (["promote", "policy/x", "--reason", "x"], "`policy/x` is no version of a model"),
         (["promote", "policy@nobody", "--reason", "x"], "no version of the policy has the alias `nobody`"),
         (["promote", "policy/1", "--reason", " "], "--reason is empty"),
