@@ -100,7 +100,8 @@ def _without_success(lines: list[str], seconds: float, limit: float) -> State[Ou
         error = f"stopped after {limit / 60:g} minutes: `timeout_minutes` of the stage in dvc.yaml"
         return Failed(name="TimedOut", message=error, data=Outcome("failed", seconds, error))
     told = told_by(lines)
-    if told.startswith("waits: stage"):  # no failure, and what comes after it is not run
+    if waits := re.match(r"waits: stage `[^`]+`: ", told):  # no failure, and what comes after it is not run
+        told = told[waits.end() :]
         return Cancelled(name=WAITS, message=told, data=Outcome("waits", seconds, told))
     return Failed(message=told, data=Outcome("failed", seconds, told))
 
@@ -305,5 +306,6 @@ _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _DVC_WORDS = re.compile(r"Running stage '|> |ERROR: failed to reproduce")
 _CHATTER = re.compile(
     r"(Updating|Generating) lock file|Use `dvc push`|To track the changes with git|\s*git add |"
+    r"WARNING: '[^']+' is empty\.|ERROR: failed to reproduce '[^']+': failed to run: .*, exited with 3$|"  # it waits
     r"To enable auto staging|\s*dvc config core.autostage|Data and pipelines are up to date|Verifying data sources"
 )

@@ -147,7 +147,7 @@ def in_markdown(missing: Mapping[Job, Progress]) -> str:
     ]
     return "\n".join(
         [
-            f"**{sum(told.missing for told in missing.values())} labels by people are missing.** "
+            f"**Labels by people that are missing: {sum(told.missing for told in missing.values())}.** "
             f"[Open the page]({page_address()}) (`make label` starts it).\n",
             "| job | done | labels | missing | skipped |",
             "|---|---|---|---|---|",
@@ -159,9 +159,12 @@ def in_markdown(missing: Mapping[Job, Progress]) -> str:
 
 def resume_those_with_labels(home: Path) -> list[str]:
     """Resume the runs that lack nothing any more, and say of the others what is missing. Returns those that go on."""
-    found = []
+    found: list[str] = []
+    marks = sorted(home.glob(f"{WORKSPACES}/*/{MARK}"))
+    if not marks:
+        return found
     with get_client(sync_client=True) as client:
-        for mark in sorted(home.glob(f"{WORKSPACES}/*/{MARK}")):
+        for mark in marks:
             workspace = mark.parents[1]
             try:
                 with suppress(ObjectNotFound):  # another server's
