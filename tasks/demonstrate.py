@@ -1,6 +1,9 @@
 """Labelers answer prompts. `python -m tasks.run demonstrate`.
 
-The labelers are simulated, or people whose demonstrations came with the raw data (`demonstrate.labeler: recorded`).
+The labelers are simulated, or people on the page of `make label` (`demonstrate.labeler: human`), or people whose
+demonstrations came with the raw data (`recorded`). With `human` the stage opens the queue and ends with exit code 3
+until people have answered enough; with `human.fill_in` it goes on at once, and simulated labelers answer what nobody
+has answered, under names such as `simulated:ada`.
 """
 
 from __future__ import annotations
@@ -8,7 +11,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
 
 from tasks.conversations import text_of
 from tasks.datasets import (
@@ -23,34 +27,26 @@ from tasks.datasets import (
     write_json,
     write_rows,
 )
-from tasks.labels.judgments import WrittenDemonstration, item_id, standing
-from tasks.labels.queue import Item, Queue, labels_wanted, open_queue, require_labels
+from tasks.labels.judgments import WrittenDemonstration, item_id, seconds_of
+from tasks.labels.people import SIMULATED, Joined, ask_people, tell_not_used
+from tasks.labels.queue import Item, Queue, labels_wanted
 from tasks.labels.simulated import choose_labeler, demonstrate, generator
 from tasks.params import Params
 from tasks.stage import Stage, UserError
 
 
+class Collected(NamedTuple):
+    demonstrations: list[Demonstration]
+    flaws: dict[str, list[str]]  # of each simulated demonstration, by its prompt's id
+    without_ticket: int  # prompts that simulated labelers could not answer
+    counts: dict[str, int]  # of what people on the page did
+    people: dict[str, Any]  # the same by labeler, and why they skipped
+
+
 def run(stage: Stage) -> None:
-    params = stage.params
-    flaws: dict[str, list[str]] = {}
-    without_ticket = 0
-    if params.demonstrate.labeler == "recorded":
-        demonstrations = recorded(stage.dep("data/prepared/demonstrations/sft.jsonl"))
-    elif params.demonstrate.labeler == "human":
-        prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
-        written = read_rows(stage.dep("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
-        queue = queue_of(prompts, params)
-        open_queue(queue, stage.root)
-        require_labels(queue, written)
-        demonstrations = by_people(queue, written)
-    else:
-        prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
-        facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
-        tickets = {row.id: row.ticket for row in facts if row.ticket}
-        known = [prompt for prompt in prompts if prompt.id in tickets]
-        without_ticket = len(prompts) - len(known)
-        demonstrations, flaws = simulated(known, tickets, params)
-        tell_unused(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, "demonstrate")
+    ways = {"simulated": by_simulated_labelers, "human": by_people, "recorded": recorded}
+    demonstrations, flaws, without_ticket, counts, people = ways[stage.params.demonstrate.labeler](stage)
+
     folder = stage.out("data/collected/demonstrations")
     write_rows(folder / "demonstrations.jsonl", demonstrations)
     # whoever trains on them sees by it whether they were checked with the model's own tokenizer
@@ -58,14 +54,17 @@ def run(stage: Stage) -> None:
 
     figures = {
         "count": len(demonstrations),
+        "by_people": len(demonstrations) - len(flaws) if people else 0,
+        "by_simulated": len(flaws),
         "flawed_share": round(sum(map(bool, flaws.values())) / len(flaws), 4) if flaws else None,
         "without_ticket": without_ticket,
+        **counts,
     }
     by_labeler = Counter(row.labeler for row in demonstrations)
     by_flaw = Counter(flaw for found in flaws.values() for flaw in found)
     write_json(
         stage.out("data/reports/demonstrate/metrics.json"),
-        {"demonstrate": {**figures, "by_labeler": by_labeler, "by_flaw": by_flaw}},
+        {"demonstrate": {**figures, "by_labeler": by_labeler, "by_flaw": by_flaw, "people": people}},
     )
     stage.tracker.metrics({f"demonstrate/{name}": value for name, value in figures.items() if value is not None})
     stage.tracker.table(
@@ -77,10 +76,125 @@ def run(stage: Stage) -> None:
     )
 
 
-def queue_of(prompts: list[Prompt], params: Params) -> Queue:
+def recorded(stage: Stage) -> Collected:
+    """All that came with the raw data for the split sft."""
+    path = stage.dep("data/prepared/demonstrations/sft.jsonl")
+    rows = read_rows(path, Demonstration, may_be_empty=True)
+    if not rows:
+        raise UserError(
+            f"demonstrate.labeler is `recorded`, and {path} holds no demonstrations. Add a source of the kind "
+            "`demonstrations` to data.sources in params.yaml, or set demonstrate.labeler to `simulated` or `human`."
+        )
+    tell_unused_judgments(stage)
+    return Collected(rows, {}, 0, {}, {})
+
+
+def by_simulated_labelers(stage: Stage) -> Collected:
+    params = stage.params
+    prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
+    tickets = tickets_of(stage)
+    known = [prompt for prompt in prompts if prompt.id in tickets]
+    if len(known) < params.demonstrate.prompts:
+        raise UserError(
+            f"demonstrate.prompts is {params.demonstrate.prompts}, and the split sft holds {len(known)} prompts that "
+            "simulated people can answer: support tickets and nothing else. Lower demonstrate.prompts or raise "
+            "prepare.splits.sft in params.yaml, or add such prompts; or set demonstrate.labeler to `recorded` to use "
+            "your own demonstrations, or to `human` to write them."
+        )
+    chosen = choose_prompts(known, params.demonstrate.prompts, params.seed)
+    demonstrations, flaws = simulated(chosen, tickets, params)
+    tell_unused(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, "demonstrate")
+    tell_unused_judgments(stage)
+    return Collected(demonstrations, flaws, len(prompts) - len(known), {}, {})
+
+
+def by_people(stage: Stage) -> Collected:
+    """What people wrote, in the queue's order, and what simulated labelers fill in."""
+    params = stage.params
+    prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
+    if len(prompts) < params.demonstrate.prompts:
+        raise UserError(
+            f"demonstrate.prompts is {params.demonstrate.prompts}, and the split sft holds {len(prompts)} prompts for "
+            "people to answer. Lower demonstrate.prompts or raise prepare.splits.sft in params.yaml, or add prompts."
+        )
+    queue = queue_of(choose_prompts(prompts, params.demonstrate.prompts, params.seed), params)
+    written = read_rows(stage.dep("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
+    joined = ask_people(queue, written, params.demonstrate.human, stage.root)
+    brought = read_rows(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, may_be_empty=True)
+    tell_not_used(len(brought), "demonstrations came with the data and", "demonstrate", "human")
+    demonstrations, too_long = that_fit(joined, queue, stage)
+    flaws: dict[str, list[str]] = {}
+    without_ticket = 0
+    if params.demonstrate.human.fill_in:
+        tickets = tickets_of(stage)
+        lacking = [Prompt(id=prompt_id(one.prompt), prompt=one.prompt) for one in joined.unlabelled]
+        known = [prompt for prompt in lacking if prompt.id in tickets]
+        without_ticket = len(lacking) - len(known)
+        filled_in, flaws = simulated(known, tickets, params)
+        demonstrations += [row.model_copy(update={"labeler": f"{SIMULATED}{row.labeler}"}) for row in filled_in]
+        print(
+            f"demonstrate: simulated labelers fill in for people on {len(known)} of {len(queue.items)} prompts"
+            + (f"; {without_ticket} more have no answer and no ticket to answer by" if without_ticket else "")
+        )
+    if not demonstrations:
+        raise UserError(
+            f"there is no demonstration to train on: people answered none of the {len(queue.items)} prompts in a way "
+            f"that fits ({joined.counts['skipped']} skips, {too_long} too long), and simulated labelers can answer "
+            "support tickets alone. Have people label more (`make label`), or see demonstrate.human in params.yaml."
+        )
+    return Collected(demonstrations, flaws, without_ticket, joined.counts | {"too_long": too_long}, effort(joined))
+
+
+def that_fit(joined: Joined[WrittenDemonstration], queue: Queue, stage: Stage) -> tuple[list[Demonstration], int]:
+    """(what people wrote, in the queue's order; how many are left out, for they are longer than a response may be).
+
+    The page lets nobody save a longer one; but the limit may have been lowered since, and labels can be imported.
+    """
+    from tasks.models import encode_response, load_tokenizer  # they import torch, which the other labelers need not
+
+    tokenizer = load_tokenizer(stage.dep("data/models/base"))
+    demonstrations, too_long = [], 0
+    for one in joined.items:
+        for row in joined.labelled[one.item]:
+            assert row.response is not None  # it was not skipped
+            length = len(encode_response(tokenizer, row.response, ended=False))
+            if queue.max_tokens is not None and length > queue.max_tokens:
+                too_long += 1
+                print(
+                    f"demonstrate: {row.labeler}'s answer to item {one.item} has {length} tokens and is not used: "
+                    f"text.max_response_tokens leaves room for {queue.max_tokens}"
+                )
+                continue
+            demonstrations.append(
+                Demonstration(id=prompt_id(one.prompt), prompt=one.prompt, response=row.response, labeler=row.labeler)
+            )
+    return demonstrations, too_long
+
+
+def effort(joined: Joined[WrittenDemonstration]) -> dict[str, Any]:
+    """By labeler: demonstrations, skips, median seconds and words; and why people skipped."""
+    rows: dict[str, list[WrittenDemonstration]] = defaultdict(list)
+    for answers in joined.labelled.values():
+        for row in answers:
+            rows[row.labeler].append(row)
+    skips = Counter(row.labeler for row in joined.skipped)
+    return {
+        "by_labeler": {
+            name: {
+                "demonstrations": len(rows[name]),
+                "skips": skips[name],
+                "median_seconds": median(map(seconds_of, rows[name])) if rows[name] else None,
+                "median_words": median(len((row.response or "").split()) for row in rows[name]) if rows[name] else None,
+            }
+            for name in sorted({*rows, *skips})
+        },
+        "skip_reasons": Counter(row.skipped for row in joined.skipped),
+    }
+
+
+def queue_of(prompts: Sequence[Prompt], params: Params) -> Queue:
     """What people are asked to answer."""
     human = params.demonstrate.human
-    chosen = choose_prompts(prompts, params.demonstrate.prompts, params.seed)
     return Queue(
         job="demonstrate",
         seed=params.seed,
@@ -95,42 +209,18 @@ def queue_of(prompts: list[Prompt], params: Params) -> Queue:
                 ended=[],
                 labels=labels_wanted(item, human, params.seed),
             )
-            for row in chosen
+            for row in prompts
         ],
     )
 
 
-def by_people(queue: Queue, written: Sequence[WrittenDemonstration]) -> list[Demonstration]:
-    """What people wrote for the queue's prompts, in its order."""
-    answers: dict[str, list[WrittenDemonstration]] = defaultdict(list)
-    for row in standing(written, queue.leave_out):
-        answers[row.item].append(row)
-    return [
-        Demonstration(id=prompt_id(one.prompt), prompt=one.prompt, response=row.response, labeler=row.labeler)
-        for one in queue.items
-        for row in answers[one.item]
-        if row.response is not None
-    ]
-
-
-def recorded(path: Path) -> list[Demonstration]:
-    """All that came with the raw data for the split sft."""
-    rows = read_rows(path, Demonstration, may_be_empty=True)
-    if not rows:
-        raise UserError(
-            f"demonstrate.labeler is `recorded`, and {path} holds no demonstrations. Add a source of the kind "
-            "`demonstrations` to data.sources in params.yaml, or set demonstrate.labeler to `simulated`."
-        )
-    return rows
-
-
 def simulated(
-    prompts: list[Prompt], tickets: Mapping[str, Ticket], params: Params
+    prompts: Sequence[Prompt], tickets: Mapping[str, Ticket], params: Params
 ) -> tuple[list[Demonstration], dict[str, list[str]]]:
     """(demonstrations, the flaws of each by its prompt's id). tickets: by the prompt's id."""
     demonstrations: list[Demonstration] = []
     flaws: dict[str, list[str]] = {}
-    for prompt in choose_prompts(prompts, params.demonstrate.prompts, params.seed):
+    for prompt in prompts:
         labeler = choose_labeler(params.labelers, params.seed, "demonstrate", prompt.id)
         rng = generator(params.seed, "demonstrate", prompt.id, labeler)
         # the end token takes one
@@ -141,12 +231,17 @@ def simulated(
     return demonstrations, flaws
 
 
-def choose_prompts(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
+def choose_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """The first `count` in an order that depends on the seed and each prompt alone."""
-    if len(prompts) < count:
-        raise UserError(
-            f"demonstrate.prompts is {count}, and the split sft holds {len(prompts)} prompts that simulated people can "
-            "answer: support tickets and nothing else. Lower demonstrate.prompts or raise prepare.splits.sft in "
-            "params.yaml, or add such prompts; or set demonstrate.labeler to `recorded` to use your own demonstrations."
-        )
     return sorted(prompts, key=lambda prompt: stable_share(seed, "demonstrate", "order", prompt.id))[:count]
+
+
+def tickets_of(stage: Stage) -> dict[str, Ticket]:
+    facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
+    return {row.id: row.ticket for row in facts if row.ticket}
+
+
+def tell_unused_judgments(stage: Stage) -> None:
+    rows = read_rows(stage.dep("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
+    labeler = stage.params.demonstrate.labeler
+    tell_not_used(len(rows), "lines of data/labels/demonstrations.jsonl", "demonstrate", labeler)

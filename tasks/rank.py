@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations, permutations
+from typing import Any, NamedTuple
 
 from tasks.conversations import text_of
 from tasks.datasets import (
@@ -24,16 +25,17 @@ from tasks.datasets import (
     Samples,
     Ticket,
     Vote,
-    prompt_id,
     read_rows,
     stable_share,
     tell_unused,
     write_json,
     write_rows,
 )
+from tasks.labels.agreement import Agreement, measure, nobody, page, pair_marks
 from tasks.labels.checks import run_checks
-from tasks.labels.judgments import JudgedRanking, item_id, standing
-from tasks.labels.queue import Item, Queue, labels_wanted, open_queue, require_labels
+from tasks.labels.judgments import JudgedRanking, item_id
+from tasks.labels.people import SIMULATED, ask_people, rankings_of, tell_not_used
+from tasks.labels.queue import Item, Queue, labels_wanted
 from tasks.labels.simulated import choose_labeler, generator, opinion, rank
 from tasks.params import Labeler, Params
 from tasks.stage import Stage, UserError
@@ -42,39 +44,23 @@ Figures = dict[str, float | None]  # of the labelers; None where it cannot be kn
 MORE_PROMPTS = {
     "recorded": "Give the split eval rankings (`splits` of their source), add rankings",
     "simulated": "Raise sample.prompts",
-    "human": "Raise sample.prompts",
+    "human": "Have people rank more",
 }
 Side = Callable[[str], bool]  # of a prompt, by its id: whether all rankings of it are held out
 
 
+class Collected(NamedTuple):
+    rankings: list[Ranking]  # to train on, and by prompt held out
+    figures: Figures
+    held_out: Side
+    apart: Sequence[Ranking]  # of held-out labelers
+    agreed: Agreement | None  # people on the page
+
+
 def run(stage: Stage) -> None:
     params = stage.params
-    held_out: Side = partial(is_held_out, seed=params.seed, share=params.rank.held_out_share)
-    if params.rank.labeler == "recorded":
-        training, apart = (
-            read_rows(stage.dep(f"data/prepared/rankings/{split}.jsonl"), RecordedRanking, may_be_empty=True)
-            for split in ("reward", "eval")
-        )
-        if apart:
-            held_out = {row.id for row in apart}.__contains__
-        else:
-            print(
-                "rank: the split eval has no rankings, so rank.held_out_share of the prompts of the split reward are "
-                "held out; near-duplicates of them and other prompts of the same users may be trained on"
-            )
-        rankings, figures = recorded(training, apart, held_out)
-    elif params.rank.labeler == "human":
-        samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
-        judged = read_rows(stage.dep("data/labels/rankings.jsonl"), JudgedRanking, may_be_empty=True)
-        queue = queue_of(samples, params)
-        open_queue(queue, stage.root)
-        require_labels(queue, judged)
-        rankings, figures = by_people(queue, judged, held_out)
-    else:
-        samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
-        facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
-        rankings, figures = simulated(samples, {row.id: row.ticket for row in facts if row.ticket}, params)
-        tell_unused(stage.dep("data/prepared/rankings/reward.jsonl"), RecordedRanking, "rank")
+    ways = {"simulated": by_simulated_labelers, "human": by_people, "recorded": recorded}
+    rankings, figures, held_out, apart, agreed = ways[params.rank.labeler](stage)
     sides = {row.id: row.held_out for row in rankings}
     if params.rank.held_out_share > 0 and len(set(sides.values())) < 2:
         raise UserError(
@@ -83,8 +69,15 @@ def run(stage: Stage) -> None:
         )
     # in a new repository nobody has voted
     votes = read_rows(stage.dep("data/labels/arena.jsonl"), Vote, may_be_empty=True)
+    if params.rank.labeler == "human":  # the same people may have voted
+        people = params.rank.human
+        votes = [vote for vote in votes if vote.labeler not in people.leave_out]
+        apart = [*apart, *(ranking_of(vote, held_out) for vote in votes if vote.labeler in people.held_out_labelers)]
+        votes = [vote for vote in votes if vote.labeler not in people.held_out_labelers]
     taken = [ranking_of(vote, held_out) for vote in votes]
-    write_rows(stage.out("data/collected/rankings") / "rankings.jsonl", [*rankings, *taken])
+    folder = stage.out("data/collected/rankings")
+    write_rows(folder / "rankings.jsonl", [*rankings, *taken])
+    write_rows(folder / "held_out_labelers.jsonl", apart)
 
     metrics = {
         "prompts": len(sides),
@@ -93,10 +86,17 @@ def run(stage: Stage) -> None:
         "pairs": sum(len(row.ranks) * (len(row.ranks) - 1) // 2 for row in rankings),
         "ties": sum(a == b for row in rankings for a, b in combinations(row.ranks, 2)),
         "votes": len(votes),
+        "held_out_labelers_rankings": len(apart),
         **figures,
     }
-    write_json(stage.out("data/reports/rank/metrics.json"), {"rank": metrics})
+    write_json(stage.out("data/reports/rank/metrics.json"), {"rank": metrics | {"people": told_of_people(agreed)}})
+    text = page(agreed, figures) if agreed else nobody(params.rank.labeler)
+    stage.out("data/reports/rank/agreement.md").write_text(text, encoding="utf-8")
     stage.tracker.metrics({f"rank/{name}": float(value) for name, value in metrics.items() if value is not None})
+    if agreed:
+        stage.tracker.tags({"labelers.far": ", ".join(row["labeler"] for row in agreed.labelers if row["far"])})
+        stage.tracker.table("labelers", agreed.labelers)
+        stage.tracker.table("pairs of labelers", agreed.pairs)
     stage.tracker.table(
         "rankings",
         [
@@ -105,6 +105,61 @@ def run(stage: Stage) -> None:
             for place, response in sorted(zip(row.ranks, row.responses, strict=True))
         ],
     )
+
+
+def by_people(stage: Stage) -> Collected:
+    """The samples as people ranked them, and as simulated labelers fill in."""
+    params = stage.params
+    samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
+    judged = read_rows(stage.dep("data/labels/rankings.jsonl"), JudgedRanking, may_be_empty=True)
+    queue = queue_of(samples, params)
+    joined = ask_people(queue, judged, params.rank.human, stage.root)
+    brought = read_rows(stage.dep("data/prepared/rankings/reward.jsonl"), RecordedRanking, may_be_empty=True)
+    tell_not_used(len(brought), "rankings came with the data and", "rank", "human")
+    held_out = by_share(params)
+    rankings, apart = rankings_of(joined, params.rank.human, held_out)
+    filled_in: list[Ranking] = []
+    without_ticket = 0
+    if params.rank.human.fill_in:
+        lacking = {one.item for one in joined.unlabelled}
+        tickets = tickets_of(stage)
+        known = [row for row in samples if item_of(row) in lacking and row.id in tickets]
+        without_ticket = len(lacking) - len(known)
+        filled_in = [
+            row.model_copy(update={"labeler": f"{SIMULATED}{row.labeler}"})
+            for row in simulated(known, marks_of(known, tickets), params)
+        ]
+        print(
+            f"rank: simulated labelers fill in for people on {len(filled_in)} of {len(samples)} prompts"
+            + (f"; {without_ticket} more have no ranking and no ticket to rank by" if without_ticket else "")
+        )
+    if not rankings and not filled_in:
+        raise UserError(
+            f"there is no ranking to train on. Of {len(samples)} prompts people ranked the outputs of none "
+            f"({joined.counts['skipped']} skips), held-out labelers aside ({len(apart)} rankings), and simulated "
+            "labelers can rank answers to support tickets alone. Have people rank more (`make label`), or see "
+            "rank.human in params.yaml."
+        )
+    agreed = measure(joined, params.seed)
+    figures = {
+        **NOTHING_KNOWN,
+        "labelers_agreement": agreed.figures["agreement"],
+        "without_ticket": without_ticket,
+        "by_people": len(rankings),
+        "by_simulated": len(filled_in),
+        **joined.counts,
+        **{name: value for name, value in agreed.figures.items() if name != "rankings"},  # those are `judgments` here
+    }
+    return Collected([*rankings, *filled_in], figures, held_out, apart, agreed)
+
+
+def told_of_people(agreed: Agreement | None) -> dict[str, Any]:
+    if agreed is None:
+        return {}
+    rows = {
+        row["labeler"]: {name: value for name, value in row.items() if name != "labeler"} for row in agreed.labelers
+    }
+    return {"by_labeler": rows, "flags": agreed.flags, "skip_reasons": agreed.skip_reasons}
 
 
 def queue_of(samples: Sequence[Samples], params: Params) -> Queue:
@@ -118,7 +173,7 @@ def queue_of(samples: Sequence[Samples], params: Params) -> Queue:
         set_aside_after=human.set_aside_after,
         items=[
             Item(
-                item=(item := item_id(row.prompt, row.responses, row.ended)),
+                item=(item := item_of(row)),
                 prompt=row.prompt,
                 responses=row.responses,
                 ended=row.ended,
@@ -129,74 +184,99 @@ def queue_of(samples: Sequence[Samples], params: Params) -> Queue:
     )
 
 
-def by_people(queue: Queue, judged: Sequence[JudgedRanking], held_out: Side) -> tuple[list[Ranking], Figures]:
-    """The queue's outputs as people ranked them."""
-    found: dict[str, list[JudgedRanking]] = defaultdict(list)
-    for row in standing(judged, queue.leave_out):
-        found[row.item].append(row)
-    rankings = [
-        Ranking(
-            id=(id := prompt_id(one.prompt)),
-            prompt=one.prompt,
-            responses=row.responses,
-            ended=row.ended,
-            ranks=row.ranks,
-            labeler=row.labeler,
-            held_out=held_out(id),
-        )
-        for one in queue.items
-        for row in found[one.item]
-        if row.skipped is None
-    ]
-    nothing = dict.fromkeys(("noise_ceiling", "noise_ceiling_train"))
-    return rankings, {**nothing, "labelers_agreement": agreement_among(rankings), "without_ticket": 0}
+def item_of(row: Samples) -> str:
+    return item_id(row.prompt, row.responses, row.ended)
 
 
-def recorded(
-    training: Sequence[RecordedRanking], apart: Sequence[RecordedRanking], held_out: Side
-) -> tuple[list[Ranking], Figures]:
+def recorded(stage: Stage) -> Collected:
     """All rankings that came with the raw data, of the splits reward and eval; each response counts as complete."""
+    training, apart = (
+        read_rows(stage.dep(f"data/prepared/rankings/{split}.jsonl"), RecordedRanking, may_be_empty=True)
+        for split in ("reward", "eval")
+    )
     if not training:
         raise UserError(
             "rank.labeler is `recorded`, and data/prepared/rankings/reward.jsonl holds no rankings; eval.jsonl beside "
             f"it holds {len(apart)}. Add a source of the kind `rankings` to data.sources in params.yaml, give the one "
-            "that is there a share for reward (its `splits`), or set rank.labeler to `simulated`."
+            "that is there a share for reward (its `splits`), or set rank.labeler to `simulated` or `human`."
+        )
+    held_out: Side = {row.id for row in apart}.__contains__
+    if not apart:
+        held_out = by_share(stage.params)
+        print(
+            "rank: the split eval has no rankings, so rank.held_out_share of the prompts of the split reward are "
+            "held out; near-duplicates of them and other prompts of the same users may be trained on"
         )
     rankings = [
         Ranking(**row.model_dump(), ended=[True] * len(row.responses), held_out=held_out(row.id))
         for row in (*training, *apart)
     ]
-    nothing = dict.fromkeys(("noise_ceiling", "noise_ceiling_train"))
-    return rankings, {**nothing, "labelers_agreement": agreement_among(rankings), "without_ticket": 0}
+    tell_unused_judgments(stage)
+    figures = NOTHING_KNOWN | {"labelers_agreement": agreement_among(rankings)}
+    return Collected(rankings, figures, held_out, [], None)
 
 
-def simulated(
-    samples: Sequence[Samples], tickets: Mapping[str, Ticket], params: Params
-) -> tuple[list[Ranking], Figures]:
-    """The samples as simulated labelers rank them. tickets: by the prompt's id."""
+def by_simulated_labelers(stage: Stage) -> Collected:
+    """The samples as simulated labelers rank them."""
+    params = stage.params
+    samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
+    tickets = tickets_of(stage)
     known = [row for row in samples if row.id in tickets]
     if not known:
         raise UserError(
             f"rank.labeler is `simulated`, and none of the {len(samples)} sampled prompts is a support ticket: "
-            "simulated people can rank answers to nothing else. Add such prompts, or set rank.labeler to `recorded` in "
-            "params.yaml to use your own rankings."
+            "simulated people can rank answers to nothing else. Add such prompts, or set rank.labeler to `human` or "
+            "`recorded` in params.yaml to use people's rankings."
         )
-    marks = {row.id: [run_checks(response, tickets[row.id]) for response in row.responses] for row in known}
-    rankings = [
-        rank_samples(row, marks[row.id], params.labelers, params.seed, params.rank.held_out_share) for row in known
-    ]
+    marks = marks_of(known, tickets)
+    rankings = simulated(known, marks, params)
     opinions = {row.id: mean_utilities(row, marks[row.id], params.labelers) for row in known}
-    return rankings, {
+    tell_unused(stage.dep("data/prepared/rankings/reward.jsonl"), RecordedRanking, "rank")
+    tell_unused_judgments(stage)
+    figures = {
         "labelers_agreement": agreement(rankings, second_opinions(known, marks, params.labelers, params.seed))
         if len(params.labelers) > 1
         else None,
         "noise_ceiling": agreement([row for row in rankings if row.held_out], opinions),
         "noise_ceiling_train": agreement([row for row in rankings if not row.held_out], opinions),
         "without_ticket": len(samples) - len(known),
+        "by_people": 0,
+        "by_simulated": len(rankings),
     }
+    return Collected(rankings, figures, by_share(params), [], None)
 
 
+NOTHING_KNOWN: Figures = {
+    "labelers_agreement": None,
+    "noise_ceiling": None,
+    "noise_ceiling_train": None,
+    "without_ticket": 0,
+    "by_people": 0,
+    "by_simulated": 0,
+}
 Marks = list[dict[str, float]]  # of each response of one prompt, by check
+
+
+def simulated(samples: Sequence[Samples], marks: Mapping[str, Marks], params: Params) -> list[Ranking]:
+    """marks: by the prompt's id."""
+    return [
+        rank_samples(row, marks[row.id], params.labelers, params.seed, params.rank.held_out_share) for row in samples
+    ]
+
+
+def marks_of(samples: Sequence[Samples], tickets: Mapping[str, Ticket]) -> dict[str, Marks]:
+    return {row.id: [run_checks(response, tickets[row.id]) for response in row.responses] for row in samples}
+
+
+def tickets_of(stage: Stage) -> dict[str, Ticket]:
+    """By the prompt's id."""
+    facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
+    return {row.id: row.ticket for row in facts if row.ticket}
+
+
+def tell_unused_judgments(stage: Stage) -> None:
+    rows = read_rows(stage.dep("data/labels/rankings.jsonl"), JudgedRanking, may_be_empty=True)
+    tell_not_used(len(rows), "lines of data/labels/rankings.jsonl", "rank", stage.params.rank.labeler)
 
 
 def rank_samples(row: Samples, marks: Marks, labelers: Sequence[Labeler], seed: int, held_out_share: float) -> Ranking:
@@ -219,6 +299,10 @@ def ranking_of(vote: Vote, held_out: Side) -> Ranking:
     """The vote without what only the arena knows; all rankings of one prompt are on one side."""
     fields = vote.model_dump(include=set(Ranking.model_fields))
     return Ranking(**fields | {"held_out": held_out(vote.id)})
+
+
+def by_share(params: Params) -> Side:
+    return partial(is_held_out, seed=params.seed, share=params.rank.held_out_share)
 
 
 def is_held_out(prompt: str, seed: int, share: float) -> bool:
@@ -267,15 +351,6 @@ def agreement_among(rankings: Sequence[Ranking]) -> float | None:
                 ranks = dict(zip(other.responses, other.ranks, strict=True))
                 marks += pair_marks(one.ranks, [-float(ranks[response]) for response in one.responses])
     return mean(marks)
-
-
-def pair_marks(ranks: Sequence[int], scores: Sequence[float]) -> list[float]:
-    """Of each pair ranked without a tie: 1 where the scores order it alike, 0 where not, 1/2 where they are equal."""
-    return [
-        0.5 if score_a == score_b else float((rank_a < rank_b) == (score_a > score_b))
-        for (rank_a, score_a), (rank_b, score_b) in combinations(zip(ranks, scores, strict=True), 2)
-        if rank_a != rank_b
-    ]
 
 
 def mean(marks: Sequence[float]) -> float | None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasks.conversations import Conversation, key_of
 from tasks.datasets import Row
@@ -36,6 +37,13 @@ class Judgment(Row):
     ended_at: str  # when it was saved or skipped
     skipped: str | None  # why the labeler says nothing; None: it is labelled
 
+    @field_validator("started_at", "ended_at")
+    @classmethod
+    def _time(cls, time: str) -> str:
+        if datetime.fromisoformat(time).tzinfo is None:
+            raise ValueError(f"{time} does not say in which time zone it is")
+        return time
+
 
 class WrittenDemonstration(Judgment):
     response: str | None  # None where skipped
@@ -44,6 +52,8 @@ class WrittenDemonstration(Judgment):
     def _whole(self) -> Self:
         if (self.response is None) != (self.skipped is not None):
             raise ValueError("a demonstration has either a response or a reason why it was skipped")
+        if self.item != item_id(self.prompt):
+            raise ValueError("`item` is the name of another prompt")
         return self
 
 
@@ -69,6 +79,8 @@ class JudgedRanking(Judgment):
                 raise ValueError(f"`{name}` has {len(getattr(self, name))} entries, not {wanted}")
         if any(rank < 1 for rank in self.ranks):
             raise ValueError("a rank is 1 or more; 1 is best")
+        if self.item != item_id(self.prompt, self.responses, self.ended):
+            raise ValueError("`item` is the name of another prompt or other outputs")
         return self
 
 
@@ -86,6 +98,11 @@ def standing(judgments: Iterable[AnyJudgment], leave_out: Iterable[str] = ()) ->
     without = set(leave_out)
     last = {(row.item, row.labeler): row for row in judgments if row.labeler not in without}
     return list(last.values())
+
+
+def seconds_of(row: Judgment) -> float:
+    """How long the labeler had the item before them."""
+    return (datetime.fromisoformat(row.ended_at) - datetime.fromisoformat(row.started_at)).total_seconds()
 
 
 def version_of(guidelines: str) -> str:

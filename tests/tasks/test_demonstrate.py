@@ -34,6 +34,7 @@ def run_stage(
     tickets = [PromptFacts(id=prompt_id(single(row.prompt)), source="tickets", ticket=row.ticket) for row in ROWS]
     write_rows(root / "data/prepared/facts.jsonl", facts or tickets)
     write_rows(root / "data/prepared/demonstrations/sft.jsonl", recorded or [])
+    write_rows(root / "data/labels/demonstrations.jsonl", [])
     (root / "data/prepared/tokenizer_fingerprint.txt").write_text("0123abcd\n")
     params = load_params(Path("params.yaml"))
     settings = {"prompts": count, "labeler": "simulated" if recorded is None else "recorded"}
@@ -72,9 +73,9 @@ def test_the_order_depends_on_the_seed_and_not_on_the_file() -> None:
     assert choose_prompts(PROMPTS, 30, seed=2) != chosen
 
 
-def test_too_few_prompts() -> None:
+def test_too_few_prompts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"demonstrate\.prompts is 201, and the split sft holds 200 prompts"):
-        choose_prompts(PROMPTS, 201, seed=1)
+        run_stage(tmp_path, PROMPTS, 201)
 
 
 def test_prompts_without_a_ticket_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -107,10 +108,13 @@ def test_recorded_demonstrations_are_all_taken(tmp_path: Path) -> None:
     assert rows == RECORDED
     assert metrics == {
         "count": 3,
+        "by_people": 0,
+        "by_simulated": 0,
         "flawed_share": None,
         "without_ticket": 0,
         "by_labeler": {"zoe": 1, "mine": 2},
         "by_flaw": {},
+        "people": {},
     }
     assert (tmp_path / "data/collected/demonstrations/tokenizer_fingerprint.txt").read_text() == "0123abcd\n"
 

@@ -51,6 +51,7 @@ def run_stage(
     apart: list[RecordedRanking] | None = None,
 ) -> tuple[list[Ranking], dict[str, Any]]:
     write_rows(root / "data/labels/arena.jsonl", votes or [])
+    write_rows(root / "data/labels/rankings.jsonl", [])
     write_rows(root / "data/collected/samples/samples.jsonl", samples)
     write_rows(root / "data/prepared/rankings/reward.jsonl", recorded or [])
     write_rows(root / "data/prepared/rankings/eval.jsonl", apart or [])
@@ -284,6 +285,10 @@ def test_recorded_rankings_of_one_split_are_all_taken(tmp_path: Path, capsys: py
         "pairs": 15 * 1 + 15 * 3 + 3,
         "ties": 15,
         "votes": 1,
+        "held_out_labelers_rankings": 0,
+        "by_people": 0,
+        "by_simulated": 0,
+        "people": {},
         "labelers_agreement": None,
         "noise_ceiling": None,
         "noise_ceiling_train": None,
