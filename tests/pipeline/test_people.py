@@ -1,0 +1,208 @@
+"""The whole pipeline with people in the loop: suspended, labelled through the page's own interface, to the policy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from ruamel.yaml import YAML
+
+from flows.replay import Store, lineage
+from flows.server import free_port
+from tasks.labels.queue import LABELS, Job
+from tasks.lineage import load_stages
+from tests.flows.toy import ask, wait_until
+from tests.tiny import shell
+
+yaml = YAML()
+LABELERS = ("ann", "bo", "cem")
+
+
+@dataclass
+class Place:
+    """The tiny repository with `labeler: human` for both jobs, and what is started in it."""
+
+    root: Path
+    ports: dict[str, int]
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.ports['prefect']}/api"
+
+    @property
+    def page(self) -> str:
+        return f"http://127.0.0.1:{self.ports['page']}"
+
+    @contextmanager
+    def started(self, log: str, *command: str) -> Iterator[Path]:
+        """A command of the Makefile, in a process of its own; ended by SIGKILL, and all that it started with it."""
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RLHF_", "MLFLOW_"))
+        }
+        environment |= {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PREFECT_HOME": str(self.root / ".prefect"),
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "RLHF_LABEL_URL": self.page,
+        }
+        file = self.root.parent / log
+        with (
+            file.open("w") as output,
+            subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=self.root, env=environment, stdout=output, stderr=output
+            ) as process,
+        ):
+            children: list[psutil.Process] = []
+            try:
+                yield file
+            finally:
+                if process.poll() is None:
+                    children = psutil.Process(process.pid).children(recursive=True)
+                process.kill()
+                process.wait()
+        psutil.wait_procs(children, timeout=30)
+        assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+    @contextmanager
+    def serving(self, log: str) -> Iterator[None]:
+        """`make serve`."""
+        ports = [f"--{name}-port={self.ports[name]}" for name in ("mlflow", "prefect")]
+        with self.started(log, "flows.serve", *ports, "--watch-seconds=2") as file:
+            assert wait_until(lambda: "Ctrl-C stops all of it" in file.read_text(), 180), file.read_text()
+            yield
+
+    @contextmanager
+    def labelling(self, log: str) -> Iterator[None]:
+        """`make label`."""
+        with self.started(log, "tasks.labels.page", f"--port={self.ports['page']}") as file:
+            assert wait_until(lambda: "http://" in file.read_text(), 120), file.read_text()
+            yield
+
+    def state(self, run: str) -> dict[str, Any]:
+        state: dict[str, Any] = ask(self.api, f"flow_runs/{run}")["state"]
+        return state
+
+    def until(self, run: str, name: str) -> None:
+        """`name`: of a state."""
+        ended = ("Completed", "Failed", "Crashed", "Cancelled")
+        assert wait_until(lambda: self.state(run)["name"] in (name, *ended), 300), self.said()
+        assert self.state(run)["name"] == name, (self.state(run), self.said())
+
+    def said(self) -> str:
+        return "\n".join(log.read_text()[-4000:] for log in self.root.rglob("*.log"))
+
+
+@pytest.fixture
+def place(make_repo: Any) -> Place:
+    root: Path = make_repo("people")
+    shutil.copy(Path(__file__).parents[2] / "prefect.yaml", root)
+    params = yaml.load(root / "params.yaml")
+    params["demonstrate"]["labeler"] = params["rank"]["labeler"] = "human"
+    params["rank"]["human"].update(shared_share=0.6, shared_labels=2)
+    yaml.dump(params, root / "params.yaml")
+    shell(root, "git", "config", "user.name", "Test")
+    shell(root, "git", "config", "user.email", "test@example.com")
+    shell(root, "dvc", "remote", "add", "--quiet", "--force", "--default", "local", str(root.parent / "remote"))
+    shell(root, "git", "add", ".")
+    shell(root, "git", "commit", "--quiet", "-m", "Start")
+    return Place(root, {name: free_port() for name in ("mlflow", "prefect", "page")})
+
+
+def label_all(place: Place, job: Job, labelers: Sequence[str] = LABELERS) -> int:
+    """What people do in their browsers, over the same interface: each takes what is handed out until nothing is."""
+    token = (place.root / ".rlhf/label_token_loopback").read_text().strip()
+    count = 0
+    for labeler in labelers:
+        with httpx.Client(base_url=f"{place.page}/api", timeout=60) as browser:
+
+            def post(what: str, browser: httpx.Client = browser, **body: Any) -> dict[str, Any]:
+                answer = browser.post(f"/{what}", json=body)
+                assert answer.is_success, answer.text
+                told: dict[str, Any] = answer.json()
+                return told
+
+            post("sign-in", name=labeler, token=token)
+            while (item := post("next", job=job))["item"]:
+                visit = {"job": job, **{key: item[key] for key in ("item", "started_at", "guidelines")}}
+                if job == "demonstrate":
+                    post("save", **visit, response=f"Dear customer, we are sorry. Yours, {labeler}")
+                else:
+                    lengths = [len(output["text"]) for output in item["outputs"]]
+                    ranks = [1 + sum(other < length for other in lengths) for length in lengths]
+                    flags: list[list[str]] = [[] if output["ended"] else ["broken"] for output in item["outputs"]]
+                    post("save", **visit, ranks=ranks, flags=flags, ratings=[4] * len(ranks))
+                count += 1
+    return count
+
+
+def missing(place: Place, run: str) -> str:
+    """What the run's page says."""
+    wanted = {"artifacts": {"key": {"any_": ["rlhf-labels"]}, "flow_run_id": {"any_": [run]}}}
+    found = sorted(ask(place.api, "artifacts/filter", wanted), key=lambda one: str(one["created"]))
+    return str(found[-1]["data"])
+
+
+def test_from_a_suspended_run_to_a_registered_policy_made_of_people_s_labels(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = place.root
+    with place.serving("first.log"):
+        deployment = ask(place.api, "deployments/name/pipeline/nightly")["id"]
+        run = str(ask(place.api, f"deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"])
+        place.until(run, "Suspended")
+        assert f"**Labels by people that are missing: 12.** [Open the page]({place.page})" in missing(place, run)
+    # whatever had started it is gone; people label, and then it is all started again
+    with place.labelling("page.log"):
+        assert label_all(place, "demonstrate") == 12
+        with place.serving("second.log"):
+            assert wait_until(lambda: "| rank |" in missing(place, run), 300), place.said()
+            place.until(run, "Suspended")
+            wanted = int(missing(place, run).partition("missing: ")[2].partition(".")[0])
+            assert wanted > 10, "some outputs are ranked by two"
+            assert label_all(place, "rank") == wanted
+            place.until(run, "Completed")
+            made_of(place, run, monkeypatch)
+            assert ask(place.api, f"flow_runs/{run}")["run_count"] == 1
+
+        # the labels and the run's branch are merged; later somebody ranks again
+        shell(root, "git", "commit", "--quiet", "-am", "Labels")
+        shell(root, "git", "merge", "--quiet", "--no-edit", f"runs/{run}")
+        shell(root, "dvc", "pull", "--quiet")
+        assert shell(root, "dvc", "status", "--json") == "{}\n"
+        rankings = root / LABELS["rank"][0]
+        last = rankings.read_text().splitlines()[-1]
+        rankings.write_text(rankings.read_text() + last.replace('"labeler": "', '"labeler": "new-') + "\n")
+        shell(root, "dvc", "repro", "--quiet", "--dry")
+        changed = yaml.load(shell(root, "dvc", "status", "--json"))
+        assert set(changed) == {"rank"}
+
+
+def made_of(place: Place, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registered policy's lineage names the files of labels by their hashes."""
+    from mlflow import MlflowClient
+
+    root = place.root
+    address = f"http://127.0.0.1:{place.ports['mlflow']}"
+    client = MlflowClient(address, address)
+    policy = client.get_model_version_by_alias("policy", "candidate")
+    lock = YAML(typ="safe").load(shell(root, "git", "show", f"runs/{run}:dvc.lock"))
+    locked = {stage: {dep["path"]: dep["md5"] for dep in one["deps"]} for stage, one in lock["stages"].items()}
+    monkeypatch.chdir(root)
+    found = lineage(client, policy.tags["dvc.path"], policy.tags["dvc.md5"], load_stages(root), Store(root))
+    by_stage = {one.stage: one for one in found}
+    for job, (file, row_type) in LABELS.items():
+        text = shell(root, "git", "show", f"runs/{run}:{file}")
+        assert text == (root / file).read_text(), "what people have said, to the last line"
+        rows = [row_type.model_validate_json(line) for line in text.splitlines()]
+        assert {row.labeler for row in rows} <= set(LABELERS)
+        assert by_stage[job].deps[str(file)] == locked[job][str(file)]
