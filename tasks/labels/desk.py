@@ -469,8 +469,12 @@ class Desk:
         """On the disk when this returns; once, also where a browser that got no answer sends it again."""
         content = row.model_dump(exclude={"ended_at"})
         earlier = self.labels[job].by_labeler.get(row.labeler, {}).get(row.item, [])
-        if not any(other.model_dump(exclude={"ended_at"}) == content for other in earlier):
-            append(row, self.labels[job].path)
+        path = self.labels[job].path
+        if any(other.model_dump(exclude={"ended_at"}) == content for other in earlier):
+            with path.open("rb") as file:  # it was written, and perhaps killed before the fsync
+                os.fsync(file.fileno())
+        else:
+            append(row, path)
             self._refresh()
         if self.leases.pop((job, row.item, row.labeler), None):
             self._write_leases()

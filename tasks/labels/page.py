@@ -12,7 +12,7 @@ import contextlib
 import errno
 import fcntl
 import ipaddress
-import logging
+import math
 import os
 import socket
 import sys
@@ -162,10 +162,10 @@ def application(desk: Desk, door: Door, reach: Reach, home: Path, cookie: str, *
         except ValueError as error:
             return refused(400, str(error))
         address = request.client.host if request.client else ""
-        wait = door.wait(name, address)
-        if wait > 0:
-            return refused(429, f"Too many failed sign-ins. Try again in {wait:.0f} seconds.", retry_after=wait)
-        if not door.try_token(name, body.token.strip(), address):
+        let_in, wait = door.knock(name, body.token.strip(), address)
+        if wait:
+            return refused(429, f"Too many failed sign-ins. Try again in {math.ceil(wait)} seconds.", retry_after=wait)
+        if not let_in:
             return refused(403, "Name and token do not go together.", retry_after=door.wait(name, address))
         request.session["name"], request.session["mark"] = name, door.mark(name)
         return JSONResponse({"name": name})
@@ -279,7 +279,9 @@ def refused(status: int, message: str, retry_after: float = 0.0) -> Response:
     content: dict[str, Any] = {"error": message}
     if retry_after > 0:
         content["retry_after"] = round(retry_after, 1)
-    return JSONResponse(content, status, headers={"Retry-After": f"{retry_after:.0f}"} if retry_after > 0 else None)
+    return JSONResponse(
+        content, status, headers={"Retry-After": f"{math.ceil(retry_after)}"} if retry_after > 0 else None
+    )
 
 
 @dataclass(frozen=True)
@@ -288,13 +290,13 @@ class Reach:
 
     names: frozenset[str]
     any_number: bool  # any IP address; no foreign site can take one for its own, as it can a name (DNS rebinding)
-    public: str | None  # host and port of RLHF_LABEL_URL, where something passes requests on to the page
+    public: str  # host and port of RLHF_LABEL_URL, where something passes requests on to the page
 
     def knows(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
-        if name in self.names or host == self.public:
-            return True
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # neither a host nor a number
+            name = urlsplit(f"//{host}").hostname or ""
+            if name in self.names or host == self.public != "":
+                return True
             ipaddress.ip_address(name)
             return self.any_number
         return False
@@ -305,7 +307,7 @@ def objection(request: Request, reach: Reach) -> tuple[int, str] | None:
     host, path, headers = request.headers.get("host", ""), request.url.path, request.headers
     if not reach.knows(host):
         return 403, "The page is not served under this host name; RLHF_LABEL_URL says under which it is."
-    if "origin" in headers and urlsplit(headers["origin"]).netloc not in (host, reach.public):
+    if "origin" in headers and headers["origin"].partition("://")[2] not in {host, reach.public} - {""}:
         return 403, "Requests from other sites are refused."
     if not path.startswith("/api/"):
         known = request.method in ("GET", "HEAD") and (path == "/" or path.startswith(GRADIO_PATHS))
@@ -354,9 +356,9 @@ def add_page(app: FastAPI) -> None:
     )
 
 
-def reach_of(host: str, url: str | None) -> Reach:
+def reach_of(host: str, url: str) -> Reach:
     own = {"localhost", "127.0.0.1", "::1", host, socket.gethostname(), socket.getfqdn()}
-    return Reach(frozenset(own), not is_loopback(host), urlsplit(url).netloc if url else None)
+    return Reach(frozenset(own), not is_loopback(host), urlsplit(url).netloc)
 
 
 def is_loopback(host: str) -> bool:
@@ -385,7 +387,6 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     """Until Ctrl-C. No request is logged."""
     import uvicorn
 
-    logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno >= logging.ERROR)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1, server_header=False)
     )
@@ -400,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"Tokens: {TOKENS}=ann:TOKEN,bob:TOKEN in the environment, or lines `ann: TOKEN` in {TOKEN_FILE}. "
         "RLHF_LABEL_URL is the address under which labelers reach the page, where it is not this machine's.",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to other machines; this needs tokens")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to other machines, which needs tokens")
     parser.add_argument("--port", type=int, default=urlsplit(PAGE).port)
     parser.add_argument(
         "--hold-minutes",
@@ -428,12 +429,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(home: Path, host: str, port: int, hold: float) -> None:
+    url = os.environ.get("RLHF_LABEL_URL", "")
     tokens = read_tokens(home)
-    if not is_loopback(host):
-        require_strong(tokens, host)
-    anyones = None if tokens else secret_file(home / LOOPBACK_TOKEN)
-    url = os.environ.get("RLHF_LABEL_URL")
-    with alone(home):
+    for reached in (host, urlsplit(url).hostname):
+        if reached and not is_loopback(reached):
+            require_strong(tokens, reached)
+    with alone(home), listening(host, port) as listener:
+        anyones = None if tokens else secret_file(home / LOOPBACK_TOKEN)
         count_tokens = TokenCounter()
         desk = Desk(home, hold, count_tokens)
         desk.guidelines()
@@ -444,23 +446,26 @@ def run(home: Path, host: str, port: int, hold: float) -> None:
                 file=sys.stderr,
             )
         count_tokens(home, "")  # loads the tokenizer, which takes seconds, before anybody waits for it
-        reach = reach_of(host, url)
-        app = application(
-            desk, Door(tokens, anyones), reach, home, f"label_{port}", https=(url or "").startswith("https:")
-        )
+        door, reach, cookie = Door(tokens, anyones), reach_of(host, url), f"label_{port}"
+        app = application(desk, door, reach, home, cookie, https=url.startswith("https:"))
         add_page(app)
-        try:
-            listener = socket.create_server(
-                (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=256
-            )
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise UserError(f"port {port} is taken; give another with --port.") from error
-            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}.") from error
-        shown = f"[{host}]" if ":" in host else host
+        address = url or f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         # behind the # it is in no log: browsers keep that part to themselves
-        print(url or f"http://{shown}:{port}/" + (f"#token={anyones}" if anyones else ""), flush=True)
+        print(address + (f"#token={anyones}" if anyones else ""), flush=True)
         serve(app, listener)
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} is taken; give another with --port.") from error
+        raise UserError(f"cannot listen on {host}, port {port}: {error.strerror or error}.") from error
+    with listener:
+        yield listener
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import hmac
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -107,6 +108,14 @@ class Door:
     clock: Callable[[], float] = time.monotonic
     failures: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)  # {what: (how many, when last)}
     known: set[tuple[str, str]] = field(default_factory=set)  # (name, address)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def knock(self, name: str, token: str, address: str) -> tuple[bool, float]:
+        """(whether they are let in, seconds to wait before the token is even looked at); one at a time, or many
+        guesses at once would all find that there is nothing to wait for."""
+        with self.lock:
+            wait = self.wait(name, address)
+            return (False, wait) if wait > 0 else (self.try_token(name, token, address), 0.0)
 
     def wait(self, name: str, address: str) -> float:
         """Seconds until this name may try again from this address."""

@@ -300,6 +300,26 @@ def test_a_save_sent_twice_is_one_line_and_a_change_is_another(home: Path, clock
     assert progress(queue([ranking(0)]), judged(home)).judgments == 1
 
 
+def test_a_save_that_the_disk_refuses_is_not_told_as_saved(
+    home: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_queue(queue([ranking(0)]), home)
+    view = get(desk := desk_of(home, clock), "ann")
+    synced: list[int] = []
+
+    def refuse(_file: int) -> None:
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", refuse)
+        for _ in range(2):  # the line may be in the file by now; it is not on the disk
+            with pytest.raises(OSError, match="the disk is gone"):
+                rank(desk, "ann", view)
+        patch.setattr("os.fsync", synced.append)
+        rank(desk, "ann", view)
+    assert (len(synced), len(judged(home))) == (1, 1)
+
+
 def test_what_a_demonstration_must_be(home: Path, clock: Clock) -> None:
     open_queue(queue([writing(0), writing(1)], "demonstrate", max_tokens=3), home)
     desk = desk_of(home, clock)
@@ -384,6 +404,16 @@ def test_a_guesser_waits_and_other_people_do_not() -> None:
     clock.now += LONGEST_WAIT
     assert door.wait("bob", "elsewhere") == 0
     assert door.try_token("bob", "other", "elsewhere")
+
+
+def test_guesses_at_once_wait_too_and_a_new_token_ends_sessions() -> None:
+    door = Door({"ann": "right"}, None, Clock())
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: door.knock("ann", "guess", "elsewhere"), range(40)))
+    assert Counter(answers) == {(False, 0.0): 3, (False, 1.0): 37}
+    assert door.mark("ann") not in (None, Door({"ann": "new"}, None).mark("ann"))
+    assert door.mark("bob") is None
+    assert Door({}, "for all").mark("bob") != Door({}, "for all").mark("ann")
 
 
 def test_tokens_come_from_the_environment_or_the_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
