@@ -4,7 +4,7 @@ BIN := .venv/bin
 # so that `python` and `dvc` in dvc.yaml's commands are those of .venv
 IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help run test check format ui serve stack-local promote rollback replay compare chat arena bench clean
+.PHONY: help run test check format ui serve stack-local promote rollback replay compare chat arena label bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -53,6 +53,9 @@ chat: .venv/installed  ## MODEL=models:/policy@champion: talk to it here
 
 arena: .venv/pages  ## A=models:/policy@champion B=data/models/sft: a page to vote on which answers better
 	@$(IN_VENV) exec $(BIN)/python -m tasks.arena "$(or $(A),models:/policy@champion)" "$(or $(B),data/models/sft)" $(ARGS)
+
+label: .venv/pages  ## the page where people write demonstrations and rank outputs: ARGS="--host 0.0.0.0 --port 7861"
+	@$(IN_VENV) exec $(BIN)/python -m tasks.labels.page $(ARGS)
 
 bench: .venv/installed .git  ## speed and memory beside trl's PPO: ONLY=ppo, QUICK=1 for one size in under 15 minutes
 	@$(IN_VENV) exec $(BIN)/python -m bench $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)

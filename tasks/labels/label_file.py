@@ -42,19 +42,25 @@ def recorded(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
     """The file at its end, for one writer at a time, be it a thread or another page."""
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        file.seek(0, os.SEEK_END)
-        yield file
+    while True:
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                continue  # git or DVC put another file there meanwhile: what is written here would be lost
+            file.seek(0, os.SEEK_END)
+            yield file
+            return
 
 
 def mend(file: IO[bytes], row_type: type[Row]) -> None:
     """A last line without its end is what a killed write left: nobody was told that this row is saved."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read() in (b"", b"\n"):
+        return
     file.seek(0)
     content = file.read()
     torn = content[content.rfind(b"\n") + 1 :]
-    if not torn:
-        return
     try:
         row_type.model_validate_json(torn)
         file.write(b"\n")
