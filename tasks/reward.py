@@ -56,6 +56,7 @@ def run(stage: Stage) -> None:
     params = stage.params.reward
     folder = stage.dep("data/models/sft")
     rankings = read_rows(stage.dep("data/collected/rankings") / "rankings.jsonl", Ranking)
+    apart = read_rows(stage.dep("data/collected/rankings") / "held_out_labelers.jsonl", Ranking, may_be_empty=True)
     collected = stage.dep("data/collected/demonstrations")
     require_same_tokenizer(collected, folder)
     demonstrations = read_rows(collected / "demonstrations.jsonl", Demonstration)
@@ -84,9 +85,13 @@ def run(stage: Stage) -> None:
         of_demonstrations = torch.cat(centred_scores(model, centre_on, 32, bar))
     model.config.score_bias = of_demonstrations.mean().item()
     measured, tables = measure(model, tokenizer, held_out, stage.params.seed)
+    of_held_out_labelers, their_slices = measure_held_out_labelers(
+        model, tokenizer, [row for row in apart if has_order(row)], {row.id for row in training}, stage.params.seed
+    )
     last_epoch = history[-(len(history) // params.epochs) :]
     figures = {
         **measured,
+        **of_held_out_labelers,
         "noise_ceiling": ceiling,
         "train_accuracy": sum(row["accuracy"] for row in last_epoch) / len(last_epoch),
         "score_bias": model.config.score_bias,
@@ -96,7 +101,7 @@ def run(stage: Stage) -> None:
     }
     save_model(model, tokenizer, stage.out("data/models/reward"))
     write_csv(stage.out("data/reports/reward/history.csv"), history)
-    write_csv(stage.out("data/reports/reward/slices.csv"), tables.slices)
+    write_csv(stage.out("data/reports/reward/slices.csv"), tables.slices + their_slices)
     write_csv(stage.out("data/reports/reward/reliability.csv"), tables.reliability)
     write_csv(stage.out("data/reports/reward/probes.csv"), tables.probes)
     by_source = {"demonstrations": of_demonstrations - model.config.score_bias, "samples": tables.scores}
@@ -271,6 +276,37 @@ def measure(model: Any, tokenizer: Any, rankings: list[Ranking], seed: int) -> t
     }
     slices = reward_report.by_slice(pairs, rankings, seed)
     return figures, Tables(torch.cat(scores), slices, curve, reward_report.probed(probed, seed))
+
+
+def measure_held_out_labelers(
+    model: Any, tokenizer: Any, rankings: list[Ranking], trained_on: set[str], seed: int
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """Pair accuracy on the rankings of labelers whom the model has learned nothing from (InstructGPT, section 3.5), and
+    slices of it.
+
+    The figure is of prompts that were not trained on. Where others' rankings of a prompt were, the model knows its
+    outputs: those are a slice of their own. trained_on: ids of prompts.
+    """
+    if not rankings:
+        return {"held_out_labelers_accuracy": None, "held_out_labelers_pairs": 0}, []
+    packs = [pack_ranking(tokenizer, row) for row in rankings]
+    responses = sum(len(row.responses) for row in rankings)
+    with tqdm(total=responses, desc="reward: held-out labelers", unit="response") as bar:
+        pairs = reward_report.pairs_of(rankings, centred_scores(model, packs, 8, bar))
+    fresh = [pair for pair in pairs if pair.prompt not in trained_on]
+    slices = {
+        "held-out labelers: prompts not trained on": fresh,
+        "held-out labelers: prompts trained on": [pair for pair in pairs if pair.prompt in trained_on],
+        **{
+            f"held-out labeler: {labeler}": [pair for pair in fresh if rankings[pair.ranking].labeler == labeler]
+            for labeler in sorted({row.labeler for row in rankings})
+        },
+    }
+    told = reward_report.accuracy(fresh, seed) if fresh else {"accuracy": None}
+    return (
+        {f"held_out_labelers_{key}": value for key, value in told.items()} | {"held_out_labelers_pairs": len(fresh)},
+        [reward_report.slice_of(label, own, seed) for label, own in slices.items() if own],
+    )
 
 
 def pack_probes(tokenizer: Any, row: Ranking) -> Packed:

@@ -64,11 +64,13 @@ def by_slice(pairs: Sequence[Pair], rankings: Sequence[Ranking], seed: int) -> l
     for name, label in labels.items():
         for value in sorted({label(pair) for pair in pairs}):
             chosen = [pair for pair in pairs if label(pair) == value]
-            prompts = len({pair.prompt for pair in chosen})
-            rows.append(
-                {"slice": f"{name}: {value}", "prompts": prompts, "pairs": len(chosen), **accuracy(chosen, seed)}
-            )
+            rows.append(slice_of(f"{name}: {value}", chosen, seed))
     return rows
+
+
+def slice_of(name: str, pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
+    prompts = len({pair.prompt for pair in pairs})
+    return {"slice": name, "prompts": prompts, "pairs": len(pairs), **accuracy(pairs, seed)}
 
 
 def reliability(pairs: Sequence[Pair]) -> list[dict[str, float]]:

@@ -80,8 +80,9 @@ def tell(queue: Queue, joined: Joined[AnyJudgment]) -> None:
         "replaced by the same labeler's later one": counts["replaced_judgments"],
     }
     told = [f"{count} {why}" for why, count in unused.items() if count]
+    people = f"{counts['labelers']} {'person' if counts['labelers'] == 1 else 'people'}"
     print(
-        f"{queue.job}: {counts['judgments']} judgments by {counts['labelers']} people on {counts['items']} items"
+        f"{queue.job}: {counts['judgments']} judgments by {people} on {counts['items']} items"
         + (f"; not used: {', '.join(told)}" if told else "")
         + (f"; {counts['skipped']} skips" if counts["skipped"] else "")
         + (f"; {counts['set_aside_items']} items set aside" if counts["set_aside_items"] else "")

@@ -15,12 +15,14 @@ import pytest
 from tasks.conversations import Conversation, single
 from tasks.datasets import PromptFacts, Ranking, RecordedRanking, Samples, Vote, prompt_id, read_rows, write_rows
 from tasks.labels.checks import run_checks
+from tasks.labels.judgments import JudgedRanking
 from tasks.labels.simulated import demonstrate
 from tasks.lineage import load_stages
 from tasks.params import Params, load_params
 from tasks.rank import Marks, agreement, agreement_among, mean_utilities, rank_samples, run, second_opinions
-from tasks.stage import Stage, UserError
+from tasks.stage import Stage, UserError, WaitsForPeopleError
 from tasks.tickets import generate
+from tests.judged import ranked
 from tests.tiny import CONVERSATION
 
 PARAMS = load_params(Path("params.yaml"))
@@ -49,9 +51,10 @@ def run_stage(
     votes: list[Vote] | None = None,
     recorded: list[RecordedRanking] | None = None,
     apart: list[RecordedRanking] | None = None,
+    judged: list[JudgedRanking] | None = None,
 ) -> tuple[list[Ranking], dict[str, Any]]:
     write_rows(root / "data/labels/arena.jsonl", votes or [])
-    write_rows(root / "data/labels/rankings.jsonl", [])
+    write_rows(root / "data/labels/rankings.jsonl", judged or [])
     write_rows(root / "data/collected/samples/samples.jsonl", samples)
     write_rows(root / "data/prepared/rankings/reward.jsonl", recorded or [])
     write_rows(root / "data/prepared/rankings/eval.jsonl", apart or [])
@@ -323,3 +326,123 @@ def test_without_recorded_rankings_it_is_told_what_to_do(tmp_path: Path) -> None
         run_stage(tmp_path, [], RECORDED_PARAMS, apart=rows)
     with pytest.raises(UserError, match=r"of 1 ranked prompts leaves no prompt on one side\. Give the split eval"):
         run_stage(tmp_path, [], RECORDED_PARAMS, recorded=rows)
+
+
+# ---- people ----
+
+
+def with_people(**human: Any) -> Params:
+    changed = PARAMS.rank.human.model_copy(update=human)
+    return PARAMS.model_copy(update={"rank": PARAMS.rank.model_copy(update={"labeler": "human", "human": changed})})
+
+
+def by(labeler: str, samples: list[Samples], ranks: tuple[int, ...] | None = (1, 2, 3, 4)) -> list[JudgedRanking]:
+    return [ranked(row, labeler, ranks) for row in samples]
+
+
+def test_it_waits_until_people_have_ranked_and_goes_on(tmp_path: Path) -> None:
+    params = with_people(shared_share=0.0)
+    with pytest.raises(WaitsForPeopleError, match="5 rankings by people are missing: 15 of 20 items are done"):
+        run_stage(tmp_path / "some", SAMPLES[:20], params, judged=by("ann", SAMPLES[:15]))
+    assert not (tmp_path / "some/data/collected/rankings").exists()
+    rows, metrics = run_stage(tmp_path / "all", SAMPLES[:20], params, judged=by("ann", SAMPLES[:25]))
+    assert [(row.id, row.responses, row.ranks, row.labeler) for row in rows] == [
+        (row.id, row.responses, [1, 2, 3, 4], "ann") for row in SAMPLES[:20]
+    ]
+    # the same prompts are held out, whoever ranks
+    simulated, _ = run_stage(tmp_path / "simulated", SAMPLES[:20])
+    assert [row.held_out for row in rows] == [row.held_out for row in simulated]
+    assert (metrics["by_people"], metrics["by_simulated"], metrics["other_judgments"]) == (20, 0, 5)
+    assert (metrics["noise_ceiling"], metrics["labelers_agreement"], metrics["shared_items"]) == (None, None, 0)
+    assert metrics["people"]["by_labeler"]["ann"]["rankings"] == 20
+
+
+def test_people_who_agree_and_the_report_of_it(tmp_path: Path) -> None:
+    """Ann and bo alike on all; cy turns each ranking round."""
+    some = SAMPLES[:20]
+    judged = by("ann", some) + by("bo", some) + by("cy", some, (4, 3, 2, 1)) + by("dee", some[:2], None)
+    _, metrics = run_stage(tmp_path, some, with_people(), judged=judged)
+    assert metrics["labelers_agreement"] == metrics["agreement"] == pytest.approx(1 / 3, abs=1e-4)
+    assert (metrics["far_labelers"], metrics["skipped"]) == (1, 2)
+    assert metrics["people"]["by_labeler"]["cy"]["far"]
+    page = (tmp_path / "data/reports/rank/agreement.md").read_text()
+    assert "**cy**" in page
+    assert "72.6 %" in page
+    assert "None is simulated." in page
+
+
+def test_agreement_is_of_what_people_said_and_not_of_aggregates(tmp_path: Path) -> None:
+    some = SAMPLES[:20]
+    judged = by("ann", some) + by("bo", some) + by("cy", some, (4, 3, 2, 1))
+    rows, metrics = run_stage(tmp_path, some, with_people(aggregation="majority"), judged=judged)
+    assert {row.labeler for row in rows} == {"majority of 3"}
+    assert (metrics["by_people"], metrics["judgments"]) == (20, 60)
+    assert metrics["agreement"] == pytest.approx(1 / 3, abs=1e-4)
+
+
+def test_held_out_labelers_go_to_a_file_of_their_own(tmp_path: Path) -> None:
+    """With their votes; the votes of those who are left out are not used."""
+    some = SAMPLES[:20]
+    judged = by("ann", some) + by("bo", some, (4, 3, 2, 1)) + by("cy", some)
+    votes = [vote(some[0].prompt, [1, 2]).model_copy(update={"labeler": name}) for name in ("ann", "bo", "cy")]
+    params = with_people(held_out_labelers=["bo"], leave_out=["cy"], shared_share=0.0)
+    rows, metrics = run_stage(tmp_path, some, params, votes, judged=judged)
+    assert {row.labeler for row in rows} == {"ann"}
+    assert len(rows) == 21
+    apart = read_rows(tmp_path / "data/collected/rankings/held_out_labelers.jsonl", Ranking)
+    assert [row.labeler for row in apart] == ["bo"] * 21
+    assert [row.ranks for row in apart] == [[4, 3, 2, 1]] * 20 + [[1, 2]]
+    assert (metrics["rankings"], metrics["held_out_labelers_rankings"], metrics["votes"]) == (20, 21, 1)
+    assert metrics["agreement"] == 0.0, "they are people like the others"
+
+
+def test_simulated_labelers_fill_in_and_are_called_so(tmp_path: Path) -> None:
+    some = SAMPLES[:20]
+    simulated, _ = run_stage(tmp_path / "simulated", some)
+    rows, metrics = run_stage(tmp_path / "filled", some, with_people(fill_in=True), judged=by("ann", some[:5]))
+    assert [row.labeler for row in rows[:5]] == ["ann"] * 5
+    assert rows[5:] == [row.model_copy(update={"labeler": f"simulated:{row.labeler}"}) for row in simulated[5:]]
+    assert (metrics["by_people"], metrics["by_simulated"], metrics["judgments"]) == (5, 15, 5)
+    assert "**15 of 20 rankings are simulated**" in (tmp_path / "filled/data/reports/rank/agreement.md").read_text()
+    assert metrics["people"]["by_labeler"].keys() == {"ann"}
+
+
+def test_what_cannot_be_filled_in_is_counted(tmp_path: Path) -> None:
+    foreign = [
+        Samples(id=prompt_id(single(f"poem {n}")), prompt=single(f"poem {n}"), responses=["a", "b"], ended=[True] * 2)
+        for n in range(3)
+    ]
+    rows, metrics = run_stage(tmp_path / "some", foreign + SAMPLES[:20], with_people(fill_in=True))
+    assert (len(rows), metrics["without_ticket"], metrics["by_people"]) == (20, 3, 0)
+    with pytest.raises(UserError, match=r"no ranking to train on\. Of 3 prompts people ranked the outputs of none"):
+        run_stage(tmp_path / "none", foreign, with_people(fill_in=True))
+
+
+def test_with_nobody_but_held_out_labelers_there_is_nothing_to_train_on(tmp_path: Path) -> None:
+    params = with_people(held_out_labelers=["ann"], shared_share=0.0)
+    with pytest.raises(UserError, match=r"held-out labelers aside \(20 rankings\)"):
+        run_stage(tmp_path, SAMPLES[:20], params, judged=by("ann", SAMPLES[:20]))
+
+
+def test_peoples_work_that_is_not_used_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = SAMPLES[:20]
+    run_stage(tmp_path / "simulated", some, judged=by("ann", some))
+    assert "20 lines of data/labels/rankings.jsonl are not used, for rank.labeler is simulated" in (
+        capsys.readouterr().out
+    )
+    assert "Nobody ranked here" in (tmp_path / "simulated/data/reports/rank/agreement.md").read_text()
+    brought = [of_person("zoe", ["a", "b"], [1, 2], single(f"p{n}")) for n in range(30)]
+    run_stage(tmp_path / "recorded", [], RECORDED_PARAMS, recorded=brought, judged=by("ann", some))
+    assert "are not used, for rank.labeler is recorded" in capsys.readouterr().out
+    run_stage(tmp_path / "human", some, with_people(shared_share=0.0), recorded=brought, judged=by("ann", some))
+    assert "30 rankings came with the data and are not used, for rank.labeler is human" in capsys.readouterr().out
+
+
+def test_the_same_judgments_give_the_same_bytes(tmp_path: Path) -> None:
+    some = SAMPLES[:20]
+    judged = by("ann", some) + by("bo", some, (1, 2, 2, 4)) + by("cy", some[::-1], (4, 3, 2, 1))
+    for name in ("a", "b"):
+        run_stage(tmp_path / name, some, with_people(aggregation="bradley_terry"), judged=judged)
+    outs = ("collected/rankings/rankings.jsonl", "reports/rank/metrics.json", "reports/rank/agreement.md")
+    for out in outs:
+        assert (tmp_path / "a/data" / out).read_bytes() == (tmp_path / "b/data" / out).read_bytes()

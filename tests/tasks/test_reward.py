@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,10 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_prompts(sft: Path, tmp_path: P
 RANKINGS = [ranking(number, held_out=number >= 20) for number in range(28)] + [all_tied(28), all_tied(29)]
 
 
-def lay_out(root: Path, sft: Path, rankings: list[Ranking] = RANKINGS) -> Path:
-    """The stage's inputs."""
+def lay_out(root: Path, sft: Path, rankings: list[Ranking] = RANKINGS, apart: Sequence[Ranking] = ()) -> Path:
+    """The stage's inputs. apart: of held-out labelers."""
     write_rows(root / "data/collected/rankings/rankings.jsonl", rankings)
+    write_rows(root / "data/collected/rankings/held_out_labelers.jsonl", apart)
     write_rows(root / "data/collected/demonstrations/demonstrations.jsonl", DEMONSTRATIONS)
     write_json(root / "data/reports/rank/metrics.json", {"rank": {"noise_ceiling": 0.9}})
     (root / "data/models").mkdir(parents=True)
@@ -269,8 +271,11 @@ def test_the_report(stage_root: Path) -> None:
             "all_tied_prompts",
             "tied_pairs",
             "calibration_error",
+            "held_out_labelers_accuracy",
+            "held_out_labelers_pairs",
         ),
     }
+    assert (report["held_out_labelers_accuracy"], report["held_out_labelers_pairs"]) == (None, 0)
     assert report["train_prompts"] == 20
     assert report["held_out_prompts"] == 8
     held_out = RANKINGS[20:28]
@@ -394,6 +399,52 @@ def test_rankings_as_people_bring_them(sft: Path, tmp_path: Path) -> None:
     with (root / "data/reports/reward/slices.csv").open(newline="") as file:
         prompts = {row["slice"]: int(row["prompts"]) for row in csv.DictReader(file)}
     assert (prompts["labeler: ann"], prompts["labeler: bo"]) == (4, 1)
+
+
+def test_held_out_labelers_are_not_trained_on_and_measured_apart(stage_root: Path, sft: Path, tmp_path: Path) -> None:
+    """Zoe ranked four prompts that others were not trained on and two that they were; Yan one that nobody else did."""
+
+    def of(labeler: str, number: int) -> Ranking:
+        row = ranking(number)
+        return row.model_copy(update={"labeler": labeler, "ranks": [4 - rank for rank in row.ranks]})
+
+    apart = [of("zoe", number) for number in (20, 21, 22, 23, 0, 1)] + [of("yan", 40), all_tied(41)]
+    root = lay_out(tmp_path, sft, apart=apart)
+    run_stage(root)
+    assert (root / "data/models/reward/model.safetensors").read_bytes() == (
+        stage_root / "data/models/reward/model.safetensors"
+    ).read_bytes(), "the same model as without them"
+    report, before = (
+        json.loads((folder / "data/reports/reward/metrics.json").read_text())["reward"] for folder in (root, stage_root)
+    )
+    theirs = {name for name in report if name.startswith("held_out_labelers")}
+    assert {name: value for name, value in report.items() if name not in theirs} == {
+        name: value for name, value in before.items() if name not in theirs
+    }, "the accuracy that gates read is of the others"
+
+    with (root / "data/reports/reward/slices.csv").open(newline="") as file:
+        slices = {row["slice"]: row for row in csv.DictReader(file) if row["slice"].startswith("held-out labeler")}
+    pairs = {name: int(row["pairs"]) for name, row in slices.items()}
+    of_zoe = sum(3 - tied_pairs(ranking(number)) for number in (20, 21, 22, 23))
+    of_yan = 3 - tied_pairs(ranking(40))
+    assert pairs == {
+        "held-out labelers: prompts not trained on": of_zoe + of_yan,
+        "held-out labelers: prompts trained on": sum(3 - tied_pairs(ranking(number)) for number in (0, 1)),
+        "held-out labeler: yan": of_yan,
+        "held-out labeler: zoe": of_zoe,
+    }
+    assert report["held_out_labelers_pairs"] == of_zoe + of_yan
+    fresh = slices["held-out labelers: prompts not trained on"]
+    for end in ("", "_low", "_high"):
+        assert report[f"held_out_labelers_accuracy{end}"] == float(fresh[f"accuracy{end}"])
+    assert report["held_out_labelers_accuracy"] < 0.5, "they like what the others do not"
+
+
+def test_held_out_labelers_of_prompts_that_were_all_trained_on_have_no_figure(sft: Path, tmp_path: Path) -> None:
+    root = lay_out(tmp_path, sft, apart=[ranking(0).model_copy(update={"labeler": "zoe"})])
+    run_stage(root)
+    report = json.loads((root / "data/reports/reward/metrics.json").read_text())["reward"]
+    assert (report["held_out_labelers_accuracy"], report["held_out_labelers_pairs"]) == (None, 0)
 
 
 def test_a_conversation_is_scored_whole(sft: Path) -> None:

@@ -70,7 +70,7 @@ def test_agreement_of_three_labelers_by_hand() -> None:
 
 
 def test_tau_b_with_a_tie_by_hand() -> None:
-    """Of three pairs two are alike and one is tied by bo alone: 2 / sqrt(3 * 2). An item that bo tied whole has none."""
+    """Of three pairs two are alike and one is tied by bo alone: 2 / sqrt(3 * 2). An item tied whole has none."""
     found = measured([{"ann": [1, 2, 3], "bo": [1, 2, 2]}] * 10 + [{"ann": [1, 2, 3], "bo": [1, 1, 1]}])
     assert found.pairs == [{"labelers": ("ann", "bo"), "items": 11, "tau": 0.8165}]
 
