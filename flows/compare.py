@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 from ruamel.yaml import YAML
 
-from flows.replay import Store
 from flows.workspace import git
+from tasks.ancestry import Store
 from tasks.datasets import SideBySide, flat, read_rows
 from tasks.stage import UserError
 from tasks.tracking import OWN, connect, masked, tracking_uri

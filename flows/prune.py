@@ -11,15 +11,13 @@ import argparse
 import contextlib
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.replay import Store, lineage
 from flows.waiting import waits_until
 from flows.workspace import ALL, BRANCHES, WORKSPACES, Workspace, commit_of, git, held, identity
-from tasks.lineage import load_stages
+from tasks.ancestry import Store, lineage, stages_at
 from tasks.stage import UserError
 from tasks.tracking import connect, mlflow_told
 
@@ -117,9 +115,8 @@ def registered(repository: Path) -> Kept:
         tags = version.tags
         kept.data.update(tags[key] for key in ("dvc.md5", "evaluation.samples") if tags.get(key))
         if version.name == "policy" and is_known(repository, tags.get("git.commit", "")):
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "dvc.yaml").write_text(git(repository, "show", f"{tags['git.commit']}:dvc.yaml"))
-                runs = lineage(client, tags["dvc.path"], tags["dvc.md5"], load_stages(Path(folder)), store)
+            specs, _ = stages_at(repository, tags["git.commit"])
+            runs = lineage(client, tags["dvc.path"], tags["dvc.md5"], specs, store)
             kept.commits.update([tags["git.commit"], *(run.commit for run in runs)])
             kept.data.update(md5 for run in runs for md5 in (*run.deps.values(), *run.outs.values()))
     return kept

@@ -8,9 +8,6 @@ it wrote. Exit codes: 0 all the same, 1 something differs, 2 something to mend.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -19,36 +16,19 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from flows.workspace import Workspace, change_params, git, open_workspace
-from tasks.lineage import StageSpec, environment, hash_path, load_stages, upstream
+from tasks.ancestry import Recorded, Store, lineage, literal
+from tasks.lineage import environment, hash_path, load_stages
 from tasks.params import load_params
 from tasks.stage import UserError
-from tasks.tracking import connect, flat_params, masked, mlflow_told, tracking_uri
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
+from tasks.tracking import connect, flat_params, mlflow_told
 
 MISSING = "?"
-
-
-class Recorded(NamedTuple):
-    """One stage run, as MLflow has it."""
-
-    stage: str
-    run_id: str
-    commit: str
-    dirty: bool
-    deps: dict[str, str]  # path -> DVC hash, of data; code is in the commit
-    outs: dict[str, str]
-    params: dict[str, str]
-    environment: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -64,127 +44,6 @@ class Compared:
     @property
     def same(self) -> bool:
         return self.recorded == self.now
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lineage: which stage runs made it
-
-
-def lineage(client: MlflowClient, path: str, md5: str, specs: dict[str, StageSpec], store: Store) -> list[Recorded]:
-    """The stage runs behind an out, from the raw data on: each wrote, by hash, what the next one read."""
-    parents = upstream(specs)
-    maker = next((spec.name for spec in specs.values() if path in spec.outs), None)
-    if maker is None:
-        raise UserError(f"no stage of dvc.yaml writes {path}.")
-    found: list[Recorded] = []
-    wanted: dict[str, dict[str, str]] = {maker: {path: md5}}  # stage -> what it must have written
-    for spec in reversed(list(specs.values())):  # a stage comes after all that read from it
-        if spec.name not in wanted:
-            continue
-        run = made_by(client, spec.name, wanted[spec.name], store)
-        found.insert(0, run)
-        for parent in parents[spec.name]:
-            read = {dep: md5 for dep, md5 in run.deps.items() if any(inside(dep, out) for out in specs[parent].outs)}
-            if read:
-                wanted.setdefault(parent, {}).update(read)
-    return found
-
-
-def inside(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder + "/")
-
-
-def made_by(client: MlflowClient, stage: str, hashes: dict[str, str], store: Store) -> Recorded:
-    """The newest finished run of the stage that wrote all these; a file within an out is looked up in its listing."""
-    experiment = client.get_experiment_by_name("rlhf")
-    query = f"tags.`dvc.stage` = '{stage}' and attributes.status = 'FINISHED'"
-    runs = client.search_runs([experiment.experiment_id], query, max_results=1000) if experiment else []
-    for run in runs:
-        recorded = recorded_in(run)
-        if all(store.hash_within(recorded.outs, path) == md5 for path, md5 in hashes.items()):
-            return recorded
-    told = ", ".join(f"{path} ({md5})" for path, md5 in hashes.items())
-    raise UserError(
-        f"MLflow at {masked(tracking_uri())} has no finished run of `{stage}` that wrote {told}. Where MLflow missed "
-        "what was logged, `python -m tasks.tracking replay` sends it."
-    )
-
-
-def recorded_in(run: Run) -> Recorded:
-    tags: dict[str, str] = run.data.tags
-
-    def under(prefix: str) -> dict[str, str]:
-        return {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
-
-    return Recorded(
-        tags["dvc.stage"],
-        run.info.run_id,
-        tags.get("git.commit", ""),
-        tags.get("git.dirty") == "true",
-        under("dvc.dep."),
-        under("dvc.out."),
-        dict(run.data.params),
-        under("env."),
-    )
-
-
-class Store:
-    """DVC's objects by hash: its cache, then its remotes; small files that DVC does not keep, from git."""
-
-    def __init__(self, repository: Path) -> None:
-        from tasks.register import dvc_stores
-
-        self.repository = repository
-        self.places = dvc_stores(repository)
-        self._listings: dict[str, dict[str, str]] = {}
-
-    def hash_within(self, outs: dict[str, str], path: str) -> str:
-        """The hash of a path that is one of the outs, or lies within one; else ""."""
-        for out, md5 in outs.items():
-            if path == out:
-                return md5
-            if inside(path, out) and md5.endswith(".dir"):
-                return self._listing(md5, out).get(path.removeprefix(out + "/"), "")
-        return ""
-
-    def _listing(self, md5: str, path: str) -> dict[str, str]:
-        from tasks.registered_model import fetch_object
-
-        if md5 not in self._listings:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "listing.json"
-                try:
-                    fetch_object(md5, path, self.places, file)
-                except FileNotFoundError:
-                    return {}
-                except OSError as error:
-                    raise UserError(str(error)) from None
-                self._listings[md5] = {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text())}
-        return self._listings[md5]
-
-    def put(self, path: str, md5: str, target: Path) -> None:
-        """The file or folder with this hash, to a place where nothing is."""
-        from tasks.registered_model import fetch, fetch_object
-
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if md5.endswith(".dir"):
-                target.mkdir()
-                fetch(md5, path, self.places, target)
-            else:
-                fetch_object(md5, path, self.places, target)
-        except OSError as error:
-            if md5.endswith(".dir") or not self._from_git(path, md5, target):
-                raise UserError(str(error)) from None
-
-    def _from_git(self, path: str, md5: str, target: Path) -> bool:
-        """Reports are in git, on the branch of their run."""
-        for commit in git(self.repository, "log", "--all", "--format=%H", "--", path).split():
-            shown = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=self.repository, capture_output=True)  # noqa: PLW1510
-            if hashlib.md5(shown.stdout, usedforsecurity=False).hexdigest() == md5:
-                target.write_bytes(shown.stdout)
-                return True
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,13 +113,6 @@ def restore_params(run: Recorded, workspace: Workspace, console: Console) -> Non
         told = ", ".join(f"{key}={value}" for key, value in sorted(other.items()))
         console.print(f"[yellow]note:[/] parameters from the record, not from the commit: {told}")
         change_params(workspace.path / "params.yaml", {key: literal(value) for key, value in other.items()})
-
-
-def literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def clear(place: Path) -> None:

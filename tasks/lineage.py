@@ -2,6 +2,10 @@
 
 dvc.yaml is the only list of the stages. Everything that needs to know a stage's name, its inputs, its outputs or its
 place in the graph asks here.
+
+    python -m tasks.lineage models:/policy@candidate
+
+says which labels made a registered model (tasks/labels/provenance.py).
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
@@ -147,3 +152,9 @@ def git_state(root: Path = Path()) -> tuple[str, bool]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (subprocess.CalledProcessError, FileNotFoundError):
         return "none", True
+
+
+if __name__ == "__main__":
+    from tasks.labels.provenance import main  # not above: every stage imports this module
+
+    sys.exit(main())

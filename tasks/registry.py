@@ -92,14 +92,14 @@ def move(client: MlflowClient, version: ModelVersion) -> None:
     client.set_registered_model_alias("policy", CHAMPION, str(version.version))  # last: it is what others look at
 
 
-def find(client: MlflowClient, number: str) -> ModelVersion:
+def find(client: MlflowClient, number: str, model: str = "policy") -> ModelVersion:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version("policy", number)
+        return client.get_model_version(model, number)
     except MlflowException:
         raise UserError(
-            f"MLflow at {masked(tracking_uri())} has no policy/{number}; "
+            f"MLflow at {masked(tracking_uri())} has no {model}/{number}; "
             "`python -m tasks.registry list` shows what it has."
         ) from None
 
@@ -110,25 +110,32 @@ def set_tags(client: MlflowClient, number: str, kind: str, author: str, reason: 
         client.set_model_version_tag("policy", number, f"{kind}.{key}", value)
 
 
-def parse_version(text: str) -> str:
-    """`policy/3`, `policy@candidate` or `3` -> the number, or the alias after an @."""
-    name, _, number = text.replace("@", "/@").rpartition("/")
-    if name not in ("", "policy", "models:", "models:/policy") or not (number.isdigit() or number.startswith("@")):
-        raise UserError(f"`{text}` is no version of the policy; write it as policy/3 or policy@candidate.")
-    return number
+def parse_version(text: str) -> tuple[str, str]:
+    """`policy/3`, `models:/sft@candidate` or `3` -> (model, the number or the alias after an @); alone, a number is of
+    the policy."""
+    name, _, number = text.removeprefix("models:/").replace("@", "/@").rpartition("/")
+    if name not in ("", "policy", *COMPANIONS) or not (number.isdigit() or number.startswith("@")):
+        raise UserError(f"`{text}` is no version of a model; write it as policy/3 or policy@candidate.")
+    return name or "policy", number
 
 
-def resolve(client: MlflowClient, text: str) -> ModelVersion:
-    """The version that `policy/3` or `policy@candidate` names."""
+def resolve(client: MlflowClient, text: str, models: tuple[str, ...] = ("policy",)) -> ModelVersion:
+    """The version that `policy/3` or `policy@candidate` names. models: those that serve here."""
     from mlflow.exceptions import MlflowException
 
-    number = parse_version(text)
+    name, number = parse_version(text)
+    if name not in models:
+        raise UserError(f"`{text}` is no version of the policy; write it as policy/3 or policy@candidate.")
     if not number.startswith("@"):
-        return find(client, number)
+        return find(client, number, name)
     try:
-        return client.get_model_version_by_alias("policy", number[1:])
+        return client.get_model_version_by_alias(name, number[1:])
     except MlflowException:
-        raise UserError(f"no version of the policy has the alias `{number[1:]}`.") from None
+        raise UserError(f"no version of {_told(name)} has the alias `{number[1:]}`.") from None
+
+
+def _told(model: str) -> str:
+    return {"policy": "the policy", "sft": "the SFT model", "reward": "the reward model"}[model]
 
 
 def versions(client: MlflowClient) -> list[ModelVersion]:

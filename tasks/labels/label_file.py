@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,9 +20,14 @@ from tasks.stage import UserError
 
 def append(row: Row, path: Path) -> None:
     """Append the row; it is on the disk when this returns."""
+    append_all([row], path)
+
+
+def append_all(rows: Sequence[Row], path: Path) -> None:
+    """Append rows of one type; they are on the disk when this returns."""
     with locked(path) as file:
-        mend(file, type(row))
-        file.write((json.dumps(row.model_dump(), ensure_ascii=False) + "\n").encode())
+        mend(file, type(rows[0]))
+        file.write("".join(json.dumps(row.model_dump(), ensure_ascii=False) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -16,8 +16,9 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from flows.prune import collect_garbage, prune_branches
-from flows.replay import Store, difference_of_files, lineage, literal, recorded_in
+from flows.replay import difference_of_files
 from flows.workspace import open_workspace
+from tasks.ancestry import Store, lineage, literal, recorded_in
 from tasks.base import folder_sha256
 from tasks.lineage import hash_path, load_stages
 from tasks.stage import UserError

@@ -110,8 +110,8 @@ def test_a_version_that_failed_gates_can_be_promoted_and_it_is_said(
     ("arguments", "told"),
     [
         (["promote", "policy/9", "--reason", "x"], "has no policy/9"),
-        (["promote", "sft/1", "--reason", "x"], "`sft/1` is no version of the policy"),
-        (["promote", "policy/x", "--reason", "x"], "`policy/x` is no version of the policy"),
+        (["promote", "sft/1", "--reason", "x"], "`sft/1` is no version of a model"),
+        (["promote", "policy/x", "--reason", "x"], "`policy/x` is no version of a model"),
         (["promote", "policy@nobody", "--reason", "x"], "no version of the policy has the alias `nobody`"),
         (["promote", "policy/1", "--reason", " "], "--reason is empty"),
         (["rollback", "--reason", "x"], "there is no champion to roll back from"),
@@ -124,7 +124,8 @@ def test_mistakes_are_told(client: Any, arguments: list[str], told: str, capsys:
 
 def test_names_of_versions() -> None:
     assert [parse_version(text) for text in ("policy/3", "3", "models:/policy/3", "policy@champion")] == [
-        *("3", "3", "3", "@champion"),
+        *(("policy", "3"), ("policy", "3"), ("policy", "3"), ("policy", "@champion")),
     ]
+    assert parse_version("models:/reward@candidate") == ("reward", "@candidate")
     with pytest.raises(UserError):
         parse_version("policy")
