@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.base import PrefectHttpxSyncClient
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import scheduled
+from flows.deploy import STILL_WAITS, ZOMBIES, make_automation
 from flows.dvc_stage import WAITS
 from flows.prune import prune_workspaces
 from flows.rlhf import main
@@ -185,6 +187,39 @@ def test_a_run_that_waits_for_the_same_ends_at_once_and_one_with_other_parameter
         assert not (site.root / ".rlhf/workspaces" / same).exists()
         other = site.start(targets=["last"])
         run_until_suspended(site, other)
+
+
+def test_stages_that_run_elsewhere(site: Site, waiting_site: Site) -> None:
+    with site.worker():
+        run = site.start(elsewhere={"last": "pipeline/large"})
+        refused = site.start(elsewhere={"demonstrate": "pipeline/large"})
+        run_until_suspended(site, run)
+        site.toy.label("ann")
+        site.toy.label("bo")
+        with temporary_settings({PREFECT_API_URL: site.api}):
+            Watcher(site.root).look()
+        assert site.ended(run)["type"] == "COMPLETED", site.logs()
+        assert "last.txt" in shell(site.root, "git", "show", f"runs/{run}:dvc.lock")
+        assert wait_until(lambda: site.state(refused)["type"] == "FAILED", 180), site.logs()
+        assert "take it out of `elsewhere`" in site.state(refused)["message"]
+
+
+def test_a_suspended_run_is_no_dead_one(site: Site, waiting_site: Site) -> None:
+    """The automation that finds dead runs by their silence is brought up to date where an older one is there."""
+    with temporary_settings({PREFECT_API_URL: site.api}):
+        (there,) = automations(site)
+        there["trigger"]["expect"] = ["prefect.flow-run.heartbeat"]
+        with PrefectHttpxSyncClient(base_url=site.api) as client:
+            wanted = {key: there[key] for key in ("name", "description", "enabled", "trigger", "actions")}
+            assert client.put(f"automations/{there['id']}", json=wanted).is_success
+        make_automation()
+    (now,) = automations(site)
+    assert now["id"] == there["id"]
+    assert {"prefect.flow-run.Suspended", STILL_WAITS} <= set(now["trigger"]["expect"])
+
+
+def automations(site: Site) -> list[dict[str, Any]]:
+    return [one for one in ask(site.api, "automations/filter", {}) if one["name"] == ZOMBIES]
 
 
 def test_an_abandoned_run_goes_and_its_queue_with_it(site: Site, waiting_site: Site) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +19,8 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows.replay import Store, lineage
 from flows.server import free_port
 from tasks.labels.queue import LABELS, Job
-from tasks.lineage import load_stages
 from tests.flows.toy import ask, wait_until
 from tests.tiny import shell
 
@@ -152,9 +152,7 @@ def missing(place: Place, run: str) -> str:
     return str(found[-1]["data"])
 
 
-def test_from_a_suspended_run_to_a_registered_policy_made_of_people_s_labels(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_a_suspended_run_to_a_registered_policy_made_of_people_s_labels(place: Place) -> None:
     root = place.root
     with place.serving("first.log"):
         deployment = ask(place.api, "deployments/name/pipeline/nightly")["id"]
@@ -171,7 +169,7 @@ def test_from_a_suspended_run_to_a_registered_policy_made_of_people_s_labels(
             assert wanted > 10, "some outputs are ranked by two"
             assert label_all(place, "rank") == wanted
             place.until(run, "Completed")
-            made_of(place, run, monkeypatch)
+            made_of(place, run)
             assert ask(place.api, f"flow_runs/{run}")["run_count"] == 1
 
         # the labels and the run's branch are merged; later somebody ranks again
@@ -182,27 +180,31 @@ def test_from_a_suspended_run_to_a_registered_policy_made_of_people_s_labels(
         rankings = root / LABELS["rank"][0]
         last = rankings.read_text().splitlines()[-1]
         rankings.write_text(rankings.read_text() + last.replace('"labeler": "', '"labeler": "new-') + "\n")
-        shell(root, "dvc", "repro", "--quiet", "--dry")
         changed = yaml.load(shell(root, "dvc", "status", "--json"))
         assert set(changed) == {"rank"}
 
 
-def made_of(place: Place, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The registered policy's lineage names the files of labels by their hashes."""
-    from mlflow import MlflowClient
-
-    root = place.root
-    address = f"http://127.0.0.1:{place.ports['mlflow']}"
-    client = MlflowClient(address, address)
-    policy = client.get_model_version_by_alias("policy", "candidate")
-    lock = YAML(typ="safe").load(shell(root, "git", "show", f"runs/{run}:dvc.lock"))
-    locked = {stage: {dep["path"]: dep["md5"] for dep in one["deps"]} for stage, one in lock["stages"].items()}
-    monkeypatch.chdir(root)
-    found = lineage(client, policy.tags["dvc.path"], policy.tags["dvc.md5"], load_stages(root), Store(root))
-    by_stage = {one.stage: one for one in found}
+def made_of(place: Place, run: str) -> None:
+    """The registered policy's lineage names the files of labels by their hashes, and whose they are."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.lineage", "models:/policy@candidate", "--json"],
+        cwd=place.root,
+        env=os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{place.ports['mlflow']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    lock = YAML(typ="safe").load(shell(place.root, "git", "show", f"runs/{run}:dvc.lock"))
+    assert {one["kind"] for one in found["labels"]} == {"human"}
     for job, (file, row_type) in LABELS.items():
-        text = shell(root, "git", "show", f"runs/{run}:{file}")
-        assert text == (root / file).read_text(), "what people have said, to the last line"
+        text = shell(place.root, "git", "show", f"runs/{run}:{file}")
+        assert text == (place.root / file).read_text(), "what people have said, to the last line"
         rows = [row_type.model_validate_json(line) for line in text.splitlines()]
-        assert {row.labeler for row in rows} <= set(LABELERS)
-        assert by_stage[job].deps[str(file)] == locked[job][str(file)]
+        used = {one["labeler"]: one["used"] for one in found["labels"] if one["job"] == job}
+        assert used == Counter(row.labeler for row in rows)
+        locked = {dep["path"]: dep["md5"] for dep in lock["stages"][job]["deps"]}
+        assert {"path": str(file), "md5": locked[str(file)]}.items() <= next(
+            one for one in found["files"] if one["path"] == str(file)
+        ).items()
