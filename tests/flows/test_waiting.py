@@ -192,7 +192,6 @@ def test_a_run_that_waits_for_the_same_ends_at_once_and_one_with_other_parameter
 def test_stages_that_run_elsewhere(site: Site, waiting_site: Site) -> None:
     with site.worker():
         run = site.start(elsewhere={"last": "pipeline/large"})
-        refused = site.start(elsewhere={"demonstrate": "pipeline/large"})
         run_until_suspended(site, run)
         site.toy.label("ann")
         site.toy.label("bo")
@@ -200,8 +199,14 @@ def test_stages_that_run_elsewhere(site: Site, waiting_site: Site) -> None:
             Watcher(site.root).look()
         assert site.ended(run)["type"] == "COMPLETED", site.logs()
         assert "last.txt" in shell(site.root, "git", "show", f"runs/{run}:dvc.lock")
-        assert wait_until(lambda: site.state(refused)["type"] == "FAILED", 180), site.logs()
-        assert "take it out of `elsewhere`" in site.state(refused)["message"]
+
+
+def test_people_label_where_the_run_is_and_not_elsewhere(site: Site, waiting_site: Site) -> None:
+    with site.worker():
+        run = site.start(elsewhere={"demonstrate": "pipeline/large"})
+        assert site.ended(run, 300)["type"] == "FAILED", site.logs()
+    assert "`demonstrate` waits for people's labels" in site.state(run)["message"]
+    assert "take it out of `elsewhere`" in site.state(run)["message"]
 
 
 def test_a_suspended_run_is_no_dead_one(site: Site, waiting_site: Site) -> None:

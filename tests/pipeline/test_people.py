@@ -99,7 +99,7 @@ class Place:
         assert self.state(run)["name"] == name, (self.state(run), self.said())
 
     def said(self) -> str:
-        return "\n".join(log.read_text()[-4000:] for log in self.root.rglob("*.log"))
+        return "\n".join(log.read_text()[-4000:] for log in self.root.parent.rglob("*.log"))
 
 
 @pytest.fixture
