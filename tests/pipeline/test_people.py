@@ -95,7 +95,7 @@ class Place:
     def until(self, run: str, name: str) -> None:
         """`name`: of a state."""
         ended = ("Completed", "Failed", "Crashed", "Cancelled")
-        assert wait_until(lambda: self.state(run)["name"] in (name, *ended), 300), self.said()
+        assert wait_until(lambda: self.state(run)["name"] in (name, *ended), 600), self.said()
         assert self.state(run)["name"] == name, (self.state(run), self.said())
 
     def said(self) -> str:
@@ -163,7 +163,7 @@ def test_from_a_suspended_run_to_a_registered_policy_made_of_people_s_labels(pla
     with place.labelling("page.log"):
         assert label_all(place, "demonstrate") == 12
         with place.serving("second.log"):
-            assert wait_until(lambda: "| rank |" in missing(place, run), 300), place.said()
+            assert wait_until(lambda: "| rank |" in missing(place, run), 600), place.said()
             place.until(run, "Suspended")
             wanted = int(missing(place, run).partition("missing: ")[2].partition(".")[0])
             assert wanted > 10, "some outputs are ranked by two"
