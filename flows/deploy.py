@@ -30,7 +30,9 @@ from tasks.tracking import masked
 POOL = os.environ.get("RLHF_POOL", "rlhf")
 SILENT_SECONDS = 105  # three heartbeats, and some for a server that was restarted
 ZOMBIES = "Runs that fell silent have crashed"
-ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+ENDS = ("Completed", "Failed", "Cancelled", "Crashed", "Suspended")
+# said by the watcher of a run that was suspended just now: its last heartbeat may have come after "Suspended"
+STILL_WAITS = "rlhf.still-waits"
 
 
 def deploy() -> list[str]:
@@ -66,16 +68,14 @@ def make_pool() -> None:
 
 
 def make_automation() -> None:
-    """No heartbeat and no end for so long after a heartbeat: crashed, as Prefect's documentation advises."""
-    with get_client(sync_client=True) as client:
-        if client.read_automations_by_name(ZOMBIES):
-            return
+    """No heartbeat and no end for so long after a heartbeat: crashed, as Prefect's documentation advises. One that is
+    there, of an earlier version of this, is brought up to date."""
     heartbeat = "prefect.flow-run.heartbeat"
-    Automation(
+    automation = Automation(
         name=ZOMBIES,
         trigger=EventTrigger(
             after={heartbeat},
-            expect={heartbeat, *(f"prefect.flow-run.{end}" for end in ENDS)},
+            expect={heartbeat, STILL_WAITS, *(f"prefect.flow-run.{end}" for end in ENDS)},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
@@ -87,7 +87,14 @@ def make_automation() -> None:
                 state=StateType.CRASHED, message="It has not been heard of: its worker or machine is gone."
             )
         ],
-    ).create()
+    )
+    with get_client(sync_client=True) as client:
+        there = client.read_automations_by_name(ZOMBIES)
+    if there:
+        automation.id = there[0].id
+        automation.update()
+    else:
+        automation.create()
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run as this_task_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.console import Bar
 from flows.server import leashed
@@ -39,6 +39,7 @@ from tasks.lineage import StageSpec
 LOCK_WAIT_SECONDS = 600.0
 LOCK_POLL_SECONDS = 5.0
 ERROR_LINES = 15
+WAITS = "WaitsForLabels"  # the name of a state: people must label something before a stage can go on
 BAR_COLUMNS = "66"  # a progress bar, its time left included, beside the stage's name on 80 columns
 
 
@@ -46,9 +47,9 @@ BAR_COLUMNS = "66"  # a progress bar, its time left included, beside the stage's
 class Outcome:
     """How a stage ended."""
 
-    status: Literal["ran", "cached", "failed", "not run"]
+    status: Literal["ran", "cached", "failed", "waits", "not run"]
     seconds: float | None = None
-    error: str = ""  # the stage's own last lines
+    told: str = ""  # why it failed or what it waits for, in the stage's own last lines
 
 
 def dvc_stage(spec: StageSpec) -> Task[[StageSpec, Pool, dict[str, str]], State[Outcome]]:
@@ -65,7 +66,7 @@ def outcome_of(state: State[Any]) -> Outcome:
     if state.is_pending():
         return Outcome("not run")
     result = state.result(raise_on_failure=False)
-    return result if isinstance(result, Outcome) else Outcome("failed", error=state.message or repr(result))
+    return result if isinstance(result, Outcome) else Outcome("failed", told=state.message or repr(result))
 
 
 def _may_mend_itself(_task: Task[Any, Any], _run: TaskRun, state: State[Outcome]) -> bool:
@@ -87,15 +88,22 @@ def _bring_up_to_date(spec: StageSpec, pool: Pool, ids: dict[str, str]) -> State
     seconds = time.monotonic() - started
     if pool.stopped:
         return Failed(name="Stopped", message="the flow was stopped", data=Outcome("failed", seconds, "stopped"))
-    if code != 0 and seconds >= limit:
-        error = f"stopped after {limit / 60:g} minutes: `timeout_minutes` of the stage in dvc.yaml"
-        return Failed(name="TimedOut", message=error, data=Outcome("failed", seconds, error))
     if code != 0:
-        error = error_of(lines)
-        return Failed(message=error, data=Outcome("failed", seconds, error))
+        return _without_success(lines, seconds, limit)
     if stage_started(spec.name, lines):
         return Completed(message=f"{seconds:.1f} s", data=Outcome("ran", seconds))
     return _cached(seconds)
+
+
+def _without_success(lines: list[str], seconds: float, limit: float) -> State[Outcome]:
+    if seconds >= limit:
+        error = f"stopped after {limit / 60:g} minutes: `timeout_minutes` of the stage in dvc.yaml"
+        return Failed(name="TimedOut", message=error, data=Outcome("failed", seconds, error))
+    told = told_by(lines)
+    if waits := re.match(r"waits: stage `[^`]+`: ", told):  # no failure, and what comes after it is not run
+        told = told[waits.end() :]
+        return Cancelled(name=WAITS, message=told, data=Outcome("waits", seconds, told))
+    return Failed(message=told, data=Outcome("failed", seconds, told))
 
 
 def _cached(seconds: float) -> State[Outcome]:
@@ -280,9 +288,9 @@ def stage_started(stage: str, lines: list[str]) -> bool:
     return f"Running stage '{stage}':" in lines
 
 
-def error_of(lines: list[str]) -> str:
-    """The stage's own words on why it failed; DVC's where the stage did not even start."""
-    told = next((index for index, line in enumerate(lines) if line.startswith("error: stage")), None)
+def told_by(lines: list[str]) -> str:
+    """The stage's own words on why it failed or what it waits for; DVC's where the stage did not even start."""
+    told = next((index for index, line in enumerate(lines) if line.startswith(("error: stage", "waits: stage"))), None)
     own = [line for line in lines if not _DVC_WORDS.match(line)]
     if told is not None:
         own = [line for line in lines[told:] if not _DVC_WORDS.match(line)]
@@ -298,5 +306,6 @@ _LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 _DVC_WORDS = re.compile(r"Running stage '|> |ERROR: failed to reproduce")
 _CHATTER = re.compile(
     r"(Updating|Generating) lock file|Use `dvc push`|To track the changes with git|\s*git add |"
+    r"WARNING: '[^']+' is empty\.|ERROR: failed to reproduce '[^']+': failed to run: .*, exited with 3$|"  # it waits
     r"To enable auto staging|\s*dvc config core.autostage|Data and pipelines are up to date|Verifying data sources"
 )

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from flows.waiting import waits_until
 from flows.workspace import ALL, BRANCHES, WORKSPACES, Workspace, commit_of, git, held, identity
 from tasks.ancestry import Store, lineage, stages_at
 from tasks.stage import UserError
@@ -32,7 +33,8 @@ class Removed(NamedTuple):
 
 
 def prune(keep_days: float, keep_branches: int, repository: Path = Path()) -> Removed:
-    """Workspaces untouched for so many days; run branches but the newest so many and those of registered versions."""
+    """Workspaces untouched for so many days, where no run waits for people; run branches but the newest so many and
+    those of registered versions."""
     keep_on_branch(repository, registered(repository))
     return Removed(prune_workspaces(repository, keep_days), prune_branches(repository, keep_branches))
 
@@ -42,8 +44,8 @@ def prune_workspaces(repository: Path, keep_days: float) -> list[str]:
     removed = []
     root = repository / WORKSPACES
     for folder in sorted(root.glob("*/")):
-        if time.time() - folder.stat().st_mtime < keep_days * 86400:
-            continue
+        if time.time() - max(folder.stat().st_mtime, waits_until(folder)) < keep_days * 86400:
+            continue  # of a run that waits for people's labels, too, until its time is up
         with contextlib.suppress(UserError), held(root, folder.name):
             Workspace(folder.name, folder, str(repository)).remove()
             removed.append(folder.name)

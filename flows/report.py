@@ -27,7 +27,8 @@ METRICS = SAMPLES.parent / "metrics.json"
 LABELS = {stage: Path(f"data/reports/{stage}/metrics.json") for stage in ("demonstrate", "rank")}
 SHOWN = 5  # prompts in the Markdown report
 WIDE = 140  # columns from which a whole address fits into the table
-COLOURS = {"ran": "green", "cached": "blue", "failed": "bold red", "not run": "dim"}
+COLOURS = {"ran": "green", "cached": "blue", "failed": "bold red", "waits": "bold yellow", "not run": "dim"}
+TOLD = {"failed": "failed", "waits": "waits for people"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Row:
     seconds: float | None
     figure: str
     url: str
-    error: str
+    told: str  # why it failed, or what it waits for
 
 
 Report = list[Row]
@@ -53,7 +54,7 @@ class Pipeline:
     status: str = "KILLED"  # until the flow has got to its end
     page: str = ""  # the flow run on Prefect's server
     url: str = ""  # of its MLflow run
-    note: str = ""  # what failed, in Markdown
+    note: str = ""  # what failed or waits, in Markdown
 
     @property
     def ids(self) -> dict[str, str]:
@@ -69,7 +70,7 @@ class Pipeline:
         else:
             url = tracking.stage_run_url(self.id, spec.name) if outcome.status != "not run" else ""
         figure = figure_of(spec) if done else ""
-        return Row(spec.name, outcome.status, outcome.seconds, figure, url, outcome.error)
+        return Row(spec.name, outcome.status, outcome.seconds, figure, url, outcome.told)
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def publish(report: Report, record: str) -> None:
     """On the flow run's page: the table, the evaluation, and the way to MLflow's record."""
     if record:
         create_link_artifact(record, "the record in MLflow", key="rlhf-mlflow")
-    if SAMPLES.exists() and not any(row.status == "failed" for row in report):
+    if SAMPLES.exists() and all(row.status in ("ran", "cached") for row in report):
         create_markdown_artifact(evaluation(), key="rlhf-evaluation", description="Did it help?")
     rows = [
         {
@@ -189,10 +190,13 @@ def print_report(report: Report, console: Console) -> None:
             if row.url:
                 console.print(f"{row.stage:<12} {row.url}", soft_wrap=True)
     for row in report:
-        if row.error:
-            console.print(Text(f"\n{row.stage} failed:", style="bold red"), Text(row.error), sep="\n", soft_wrap=True)
+        if row.told:
+            heading = Text(f"\n{row.stage} {TOLD[row.status]}:", style=COLOURS[row.status])
+            console.print(heading, Text(row.told), sep="\n", soft_wrap=True)
     if any(row.status == "failed" for row in report):
         console.print("\nMend that and run the same command again: what is done stays done.")
+        return
+    if any(row.status == "waits" for row in report):
         return
     if SAMPLES.exists():
         console.print(_answers(json.loads(SAMPLES.read_text().splitlines()[0])))

@@ -18,17 +18,18 @@ import httpx
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from rich.console import Console
 
 from flows.console import terminal
-from flows.dvc_stage import Outcome, Pool, dvc_stage, outcome_of, unchanged
+from flows.dvc_stage import WAITS, Outcome, Pool, dvc_stage, outcome_of, unchanged
 from flows.leftovers import mend_leftovers
-from flows.report import Report, pipeline_record, print_report, publish, quoted
+from flows.report import TOLD, Report, pipeline_record, print_report, publish, quoted
 from flows.server import prefect_server
 from tasks.lineage import StageSpec, load_stages, upstream
 from tasks.params import load_params
+from tasks.run import WAITS as EXIT_WAITS
 from tasks.stage import UserError
 from tasks.tracking import masked
 
@@ -51,10 +52,16 @@ def rlhf(targets: list[str] | None = None, pull: bool = False) -> State[Report]:
         wait(list(runs.values()))
         report = [pipeline.row(spec, outcome_of(runs[name].state)) for name, spec in specs.items()]
         failed = [row.stage for row in report if row.status == "failed"]
-        pipeline.status = "FAILED" if failed else "FINISHED"
-        pipeline.note = "\n".join(f"- **{row.stage} failed**: {quoted(row.error)}" for row in report if row.error)
+        waits = [row.told for row in report if row.status == "waits"]
+        # MLflow has no word for a run that waits; "scheduled" alone is neither an end nor a fault
+        pipeline.status = "FAILED" if failed else "SCHEDULED" if waits else "FINISHED"
+        pipeline.note = "\n".join(
+            f"- **{row.stage} {TOLD[row.status]}**: {quoted(row.told)}" for row in report if row.told
+        )
     publish(report, pipeline.url)
-    return Failed(message=f"failed: {', '.join(failed)}", data=report) if failed else Completed(data=report)
+    if failed:
+        return Failed(message=f"failed: {', '.join(failed)}", data=report)
+    return Cancelled(name=WAITS, message="\n".join(waits), data=report) if waits else Completed(data=report)
 
 
 def needed(specs: dict[str, StageSpec], targets: Iterable[str] | None) -> dict[str, StageSpec]:
@@ -80,7 +87,8 @@ def needed(specs: dict[str, StageSpec], targets: Iterable[str] | None) -> dict[s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the flow for a person. Exit codes: 0 done, 1 a stage failed, 2 something to mend, 130 or 143 stopped."""
+    """Run the flow for a person. Exit codes: 0 done, 1 a stage failed, 2 something to mend, 3 people must label
+    something first, 130 or 143 stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         targets = _parse(argv)
@@ -104,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     print_report(report, console)
+    if state.name == WAITS:
+        return EXIT_WAITS
     return 1 if state.is_failed() else 0
 
 

@@ -14,10 +14,11 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from prefect import flow, get_run_logger, pause_flow_run
+from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
@@ -31,8 +32,11 @@ from rich.console import Console
 
 from flows import prune as pruning
 from flows import replay as replaying
+from flows.dvc_stage import WAITS
 from flows.notify import notify
+from flows.report import Report
 from flows.rlhf import needed, rlhf
+from flows.waiting import Waiting, answers, jobs_of, may_suspend, resumed, suspend, waits_already
 from flows.workspace import BRANCHES, Workspace, name_of, open_workspace
 from tasks.datasets import flat
 from tasks.lineage import load_stages, upstream
@@ -69,6 +73,7 @@ def pipeline(
     approval_hours: float = 24.0,
     elsewhere: dict[str, str] | None = None,
     update_imports: bool = False,
+    label_days: float = 60.0,
 ) -> State[dict[str, Any]]:
     """Bring every stage, or `targets` and what they need, up to date in a workspace at a revision.
 
@@ -76,7 +81,9 @@ def pipeline(
     notification: the slug of a Prefect notification block, such as `custom-webhook/team`.
     elsewhere: stages that are run by another deployment, on a machine of their size, {"ppo": "pipeline/gpu"}.
     update_imports: first get what `dvc import` brought in anew, where its source has changed.
-    Tried again, it goes on in the same workspace: what is done stays done, a killed stage goes on from its checkpoint.
+    label_days: how long a run waits for people's labels, suspended, before it is given up.
+    Tried again or resumed, it goes on in the same workspace: what is done stays done, a killed stage goes on from its
+    checkpoint.
     """
     if BY_WORKER:
         end_with_parent()
@@ -86,25 +93,50 @@ def pipeline(
         try:  # a wrong name is told before any work, and no retry mends it
             workspace = work.enter_context(open_workspace(id, revision, repository))
             with workspace.entered():
-                workspace.set_params(params or {})
+                waited = resumed(workspace)
+                workspace.set_params((params or {}) | (answers(waited) if waited else {}))
                 needed(load_stages(), [*elsewhere, *(targets or ())])
         except UserError as error:
             notify(notification, f"The pipeline cannot start: {error}", {})
             return Cancelled(name="Refused", message=str(error))  # one that failed Prefect's server would retry
         with workspace.entered():
-            if update_imports:
+            if waited:
+                workspace.take_labels()
+            elif update_imports:
                 workspace.update_imports()
-            for stage in needed(load_stages(), targets):
-                if stage in elsewhere:
-                    run_elsewhere(stage, elsewhere[stage], workspace)
-            state = rlhf(targets, pull=True, return_state=True)
+            state = run_stages(workspace, targets, elsewhere)
             result = finish(workspace, state)
             if state.is_failed():
                 raise PipelineFailedError(str(state.message), result)
-            if workspace.changed(REGISTERED):
+            if state.name != WAITS and workspace.changed(REGISTERED):
                 tell_news(notification, workspace, news_of_champion(workspace, approval_hours), result)
-        workspace.remove()
+        if state.name != WAITS:
+            workspace.remove()
+    if state.name == WAITS:  # the workspace is free by now for whoever resumes this run
+        return wait_for_people(workspace, state, result, waited, label_days, notification)
     return Completed(message=f"branch {workspace.branch}", data=result)
+
+
+def wait_for_people(
+    workspace: Workspace,
+    state: State[Any],
+    facts: dict[str, Any],
+    waited: Waiting | None,
+    days: float,
+    notification: str | None,
+) -> State[dict[str, Any]]:
+    """Suspend this run until the labels are there. One that nobody would start again ends here; its queue stays open,
+    and the next run takes what people did."""
+    jobs = jobs_of(cast("Report", state.result(raise_on_failure=False)))
+    if not may_suspend():
+        return Cancelled(name=WAITS, message=state.message, data=facts)
+    if same := waits_already(workspace, jobs):
+        workspace.remove()
+        return Cancelled(name=WAITS, message=f"the run {same} waits for the same labels already", data=facts)
+    if waited is None or waited.jobs != jobs:
+        notify(notification, f"The pipeline waits for people: {state.message}", facts)
+    suspend(workspace, jobs, days)
+    raise AssertionError("the process that suspends its run does not come here")
 
 
 @contextmanager
@@ -128,23 +160,59 @@ def tell_news(notification: str | None, workspace: Workspace, news: str, facts: 
         Variable.set(told, news, overwrite=True)
 
 
-def run_elsewhere(stage: str, deployment: str, workspace: Workspace) -> None:
-    """One stage by another deployment, on what the ones before it made here; its commit is this branch's next."""
+def run_stages(workspace: Workspace, targets: list[str] | None, elsewhere: Mapping[str, str]) -> State[Any]:
+    """Everything, or `targets` and what they need; with as many of people's labels as there are."""
+    for stage in needed(load_stages(), targets):
+        if stage in elsewhere:
+            state = run_elsewhere(stage, elsewhere[stage], workspace)
+            if state.name == WAITS:
+                return state
+    return run_here(workspace, targets)
+
+
+def run_here(workspace: Workspace, targets: list[str] | None) -> State[Any]:
+    state = stages(targets, return_state=True)
+    while state.name == WAITS and workspace.take_labels():
+        state = stages(targets, return_state=True)
+    return state
+
+
+# Within a task each run of the flow is a new one. Called by the flow itself, the first one after a resumption would be
+# taken for the first one before it, and only its end be handed out again.
+@task(name="stages", cache_policy=NO_CACHE, persist_result=False)
+def stages(targets: list[str] | None) -> State[Any]:
+    ended = rlhf(targets, pull=True, return_state=True)
+    # a state of its own: of one that is another run's Prefect makes a summary
+    return State(type=ended.type, name=ended.name, message=ended.message, data=ended.result(raise_on_failure=False))
+
+
+def run_elsewhere(stage: str, deployment: str, workspace: Workspace) -> State[Any]:
+    """One stage by another deployment, on what the ones before it made here; its commit is this branch's next. Returns
+    how the ones before it ended: where they wait for people, it is not run."""
     before = sorted(upstream(load_stages())[stage])
-    state = rlhf(before, pull=True, return_state=True) if before else Completed()
+    state = run_here(workspace, before) if before else Completed()
+    if state.name == WAITS:
+        return state
     finish(workspace, state)
     if state.is_failed():
         raise UserError(str(state.message))
     parameters = {"revision": workspace.branch, "targets": [stage], "repository": workspace.repository}
     run: Any = run_deployment(deployment, parameters=parameters)
+    if run.state.name == WAITS:
+        raise UserError(
+            f"`{stage}` waits for people's labels, and they are given where this run is, not by {deployment}: "
+            "take it out of `elsewhere`."
+        )
     if not run.state.is_completed():
         raise UserError(f"`{stage}` by {deployment}: {run.state.name}: {run.state.message}")
     workspace.advance(BRANCHES + str(run.id))
+    return state
 
 
 def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
     """Keep what there is, of a failed run too: lock and reports on the branch, outs and run cache at the remote."""
-    commit = workspace.commit(f"Run {workspace.id}: {'failed' if state.is_failed() else 'done'}")
+    ended = "failed" if state.is_failed() else "waits for labels" if state.name == WAITS else "done"
+    commit = workspace.commit(f"Run {workspace.id}: {ended}")
     try:
         for missing in workspace.push():
             get_run_logger().warning(missing)
@@ -223,10 +291,19 @@ def sweep(
         told: dict[str, Any] = result if isinstance(result, dict) else getattr(result, "facts", {})
         rows.append({**point, "result": state.name, "branch": told.get("branch", ""), "commit": told.get("commit", "")})
         create_table_artifact(key="rlhf-sweep", table=rows, description="compare: dvc metrics diff COMMIT COMMIT")
-    failed = [row for row in rows if row["result"] != "Completed"]
+    return end_of(rows, "runs")
+
+
+def end_of(rows: list[dict[str, Any]], what: str) -> State[list[dict[str, Any]]]:
+    """Of several runs of the pipeline, each with its `result`."""
+    failed = [row for row in rows if row["result"] not in ("Completed", WAITS)]
+    waits = [row for row in rows if row["result"] == WAITS]
     if failed:
-        return Failed(message=f"{len(failed)} of {len(rows)} runs failed", data=rows)
-    return Completed(message=f"{len(rows)} runs", data=rows)
+        return Failed(message=f"{len(failed)} of {len(rows)} {what} failed", data=rows)
+    if waits:
+        told = f"{len(waits)} of {len(rows)} {what} wait for people's labels: `make label`, then start it again"
+        return Cancelled(name=WAITS, message=told, data=rows)
+    return Completed(message=f"{len(rows)} {what}", data=rows)
 
 
 def points(grid: Mapping[str, list[Any]], samples: int | None, seed: int) -> list[dict[str, Any]]:

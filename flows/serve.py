@@ -1,7 +1,8 @@
 """The servers on this machine alone, until Ctrl-C: `make serve`, or `python -m flows.serve [--pages]`.
 
 MLflow's and Prefect's pages; with them a worker that runs the deployments of prefect.yaml, and a watcher that tells
-Prefect of new labels (flows/watch.py). With --pages (`make ui`) the pages alone.
+Prefect of new labels and resumes runs that have waited for some (flows/watch.py). With --pages (`make ui`) the pages
+alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_se
 from flows.deploy import POOL, deploy
 from flows.server import PAGES_PORT, STARTUP_SECONDS, leashed
 from flows.watch import Watcher
+from tasks.labels.queue import page_address
 from tasks.stage import UserError
 from tasks.tracking import masked, tracking_uri
 
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"deployed {name}", flush=True)
             up.start(worker(client_environment(api, mlflow.address)))
             print(f"worker   takes runs from the pool `{POOL}`; logs: {up.logs.resolve()}")
+            print(f"people   where a run waits for their labels: `make label`, then {page_address()}")
             print(f"Ctrl-C stops all of it. To run now: PREFECT_API_URL={api} prefect deployment run pipeline/nightly")
             sys.stdout.flush()
             return up.wait(Watcher(Path()).look, arguments.watch_seconds)

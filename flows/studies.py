@@ -27,8 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.console import terminal
-from flows.scheduled import pipeline
+from flows.dvc_stage import WAITS
+from flows.scheduled import end_of, pipeline
 from flows.server import prefect_server
+from tasks.run import WAITS as EXIT_WAITS
 from tasks.stage import UserError
 
 STAGES = {"variance": ["report"], "data-efficiency": ["reward"]}
@@ -59,6 +61,9 @@ def variance(
         runs.append(_point("seed", seed, state, FIGURES))
     done = [run for run in runs if run["result"] == "Completed"]
     create_table_artifact(key="rlhf-variance-runs", table=runs, description="a run a seed")
+    end = end_of(runs, "seeds")
+    if end.name == WAITS:
+        return end
     if len(done) < 2:
         return Failed(message=f"{len(done)} of {len(seeds)} runs ended well; two are needed", data=runs)
     rows = [
@@ -106,10 +111,7 @@ def data_efficiency(
     create_table_artifact(key="rlhf-data-efficiency", table=rows, description="reward model by share of the labels")
     if picture := curve(rows):
         create_markdown_artifact(picture, key="rlhf-data-efficiency-curve", description="do more labels pay?")
-    failed = [row for row in rows if row["result"] != "Completed"]
-    if failed:
-        return Failed(message=f"{len(failed)} of {len(rows)} runs failed", data=rows)
-    return Completed(message=f"{len(rows)} shares", data=rows)
+    return end_of(rows, "shares")
 
 
 def _point(name: str, value: float, state: State[Any], kept: Sequence[str]) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a run failed, 2 something to mend, 130 stopped."""
+    """Exit codes: 0 done, 1 a run failed, 2 something to mend, 3 people must label something first, 130 stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.studies", description="How much chance is in a result, and would more labels help?"
     )
@@ -195,6 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     show(rows, console)
+    if state.name == WAITS:
+        print(state.message, file=sys.stderr)
+        return EXIT_WAITS
     if state.is_failed():
         print(f"error: {state.message}", file=sys.stderr)
         return 1

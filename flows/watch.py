@@ -1,4 +1,5 @@
 """Tell Prefect when labels or raw data are new: the event `rlhf.new-labels` starts the deployment `on-new-labels`.
+Runs that wait for people's labels are resumed when these are there (flows/waiting.py).
 
     python -m flows.watch       looks every minute, until Ctrl-C; `make serve` does the same
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from prefect.events import emit_event
 from prefect.variables import Variable
 
+from flows.waiting import resume_those_with_labels
 from flows.workspace import INCOMING, git, imports, name_of
 from tasks.stage import UserError
 from tasks.tracking import masked
@@ -34,6 +36,7 @@ class Watcher:
 
     def look(self) -> bool:
         """Whether there is something new; then the event is out. The first look only takes note."""
+        self.look_at_waiting()
         try:
             revision = self.revision()
             state = self.state(revision)
@@ -48,6 +51,13 @@ class Watcher:
             print(f"warning: cannot look for new labels: {masked(str(error))}", file=sys.stderr)
             return False
         return is_new
+
+    def look_at_waiting(self) -> None:
+        try:
+            for run in resume_those_with_labels(self.repository):
+                print(f"the run {run} has its labels and goes on", flush=True)
+        except Exception as error:
+            print(f"warning: cannot look at the runs that wait: {masked(str(error))}", file=sys.stderr)
 
     def revision(self) -> str:
         """The commit to look at: the upstream's newest where there is one."""

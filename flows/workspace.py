@@ -30,6 +30,8 @@ from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
 from tasks.datasets import flat
+from tasks.labels.label_file import locked, own_copy
+from tasks.labels.queue import LABELS
 from tasks.stage import CHECKPOINTS, UserError
 from tasks.tracking import JOURNALS, masked
 
@@ -80,6 +82,26 @@ class Workspace:
             if done.returncode:
                 raise UserError(masked(f"`dvc update {' '.join(files)}` failed: {done.stderr.strip()[-2000:]}"))
             self.commit("Imports brought up to date")
+
+    def take_labels(self) -> int:
+        """Judgments that people have made at home since: whole lines that the files here lack, put on the branch in
+        their order. Returns how many."""
+        self.fetch_within(["data/labels"])
+        taken = 0
+        for file, _ in LABELS.values():
+            theirs, ours = home_of(self.repository) / file, self.path / file
+            known = set(whole_lines(ours))
+            if new := [line for line in whole_lines(theirs) if line not in known]:
+                ours.parent.mkdir(parents=True, exist_ok=True)
+                own_copy(ours)
+                with locked(ours) as end:
+                    end.writelines(line + b"\n" for line in new)
+                if ours.with_name(f"{ours.name}.dvc").exists():
+                    _run(["dvc", "add", "--quiet", str(file)], self.path)
+                taken += len(new)
+        if taken:
+            self.commit(f"Labels: {taken} judgments")
+        return taken
 
     def fetch_within(self, deps: Iterable[str]) -> None:
         """What DVC keeps of the folders among these; what cannot be had is left to whoever needs it."""
@@ -135,6 +157,11 @@ class Workspace:
         shutil.rmtree(self.path)
         if not is_address(self.repository):
             git(Path(self.repository), "worktree", "prune")
+
+
+def whole_lines(file: Path) -> list[bytes]:
+    """Without a last one that has no end: a page may be about to write it. None where there is no file."""
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
 
 
 def change_params(file: Path, values: Mapping[str, Any]) -> None:

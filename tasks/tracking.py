@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.datasets import flat
 from tasks.lineage import StageSpec, environment, git_state, hash_path
-from tasks.stage import UserError
+from tasks.stage import UserError, WaitsForPeopleError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,6 +87,9 @@ class Tracker:
         try:
             yield cls(journal.append, journal, mirror)
             status = "FINISHED"
+        except WaitsForPeopleError:
+            status = "SCHEDULED"  # MLflow's only word for a run that is neither at its end nor at fault
+            raise
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
@@ -219,8 +222,8 @@ def stage_run_url(pipeline_id: str, stage: str) -> str:
 
 
 def close_pipeline(pipeline_id: str, status: str, note: str = "") -> None:
-    """End the pipeline's run: FINISHED, FAILED or KILLED. Stages that were killed outright are put on record first.
-    A note takes the place of the one that a stage left."""
+    """End the pipeline's run: FINISHED, FAILED, KILLED, or SCHEDULED where it waits for people. Stages that were killed
+    outright are put on record first. A note takes the place of the one that a stage left."""
 
     def work(client: MlflowClient) -> str:
         for journal in Journal.left(pipeline_id):

@@ -15,7 +15,9 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows import server as flows_server
+from tests.flows.sites import DEPLOYMENTS, Site
 from tests.flows.toy import ROOT, STAGES, Toy
+from tests.tiny import shell
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +82,20 @@ def in_toy(toy: Toy, records: dict[str, str], prefect_api: str, monkeypatch: pyt
     with temporary_settings({PREFECT_API_URL: prefect_api, PREFECT_HOME: records["PREFECT_HOME"]}):
         yield toy
         flows_server.send_the_rest()
+
+
+@pytest.fixture
+def site(toy: Toy, prefect_api: str) -> Site:
+    (toy.root / "params.yaml").write_text("toy: {size: 1}\n")
+    (toy.root / ".gitignore").write_text("/.rlhf/\n__pycache__/\nlog-*\npid-*\n/.prefect/\n")
+    (toy.root / "prefect.yaml").write_text(DEPLOYMENTS)
+    (toy.root / "flows").symlink_to(ROOT / "flows")
+    (toy.root / "tasks").symlink_to(ROOT / "tasks")
+    shell(toy.root, "git", "config", "user.email", "toy@example.com")
+    shell(toy.root, "git", "config", "user.name", "Toy")
+    shell(toy.root, "dvc", "remote", "add", "--quiet", "--force", "--default", "local", str(toy.root.parent / "remote"))
+    shell(toy.root, "git", "add", ".")
+    shell(toy.root, "git", "commit", "--quiet", "-m", "Toy")
+    site = Site(toy, prefect_api)
+    site.prefect("flows.deploy")
+    return site

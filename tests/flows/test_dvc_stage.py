@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows import dvc_stage
-from flows.dvc_stage import Pool, error_of, is_dvc_chatter, split_output, stage_started, unchanged
+from flows.dvc_stage import Pool, is_dvc_chatter, split_output, stage_started, told_by, unchanged
 from flows.leftovers import mend_leftovers
 from tests.flows.toy import Toy
 from tests.tiny import shell
@@ -60,17 +60,17 @@ def test_a_letter_torn_between_two_reads_and_colours_and_windows_line_ends() -> 
 def test_error_is_what_the_stage_told_the_user() -> None:
     lines = ["Running stage 'sft':", "> python -m tasks.run sft", "loading", "error: stage `sft`: no data", "Mend it."]
     failed = "ERROR: failed to reproduce 'sft': failed to run: python -m tasks.run sft, exited with 2"
-    assert error_of([*lines, failed]) == "error: stage `sft`: no data\nMend it."
+    assert told_by([*lines, failed]) == "error: stage `sft`: no data\nMend it."
 
 
 def test_error_is_the_end_of_a_traceback() -> None:
     lines = ["Running stage 'sft':", *(f"  line {number}" for number in range(30)), "ValueError: no"]
-    assert error_of(lines).splitlines() == [*(f"  line {number}" for number in range(16, 30)), "ValueError: no"]
+    assert told_by(lines).splitlines() == [*(f"  line {number}" for number in range(16, 30)), "ValueError: no"]
 
 
 def test_error_is_dvc_s_where_the_stage_did_not_start() -> None:
     lines = ["ERROR: failed to reproduce 'sft': missing data 'source': data/raw"]
-    assert error_of(lines) == lines[0]
+    assert told_by(lines) == lines[0]
 
 
 def test_chatter_is_dropped_and_the_start_of_the_stage_seen() -> None:

@@ -89,7 +89,7 @@ def test_retries_are_set_by_stage(in_toy: Toy) -> None:
     assert rows["left"].status == "ran"
     assert in_toy.starts("left") == 3
     assert rows["right"].status == "failed"
-    assert rows["right"].error == "about to fail\nValueError: no luck this time"
+    assert rows["right"].told == "about to fail\nValueError: no luck this time"
     assert in_toy.starts("right") == 1
     assert state.is_failed()
 

@@ -11,6 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.workspace import Workspace, absent_within, open_workspace
+from tasks.lineage import hash_path
 from tasks.stage import UserError
 from tests.tiny import shell, tiny_repo
 
@@ -230,3 +231,45 @@ def test_an_unknown_parameter_is_told(repository: Path) -> None:
             workspace.set_params({"double.time": 3})
         with pytest.raises(UserError, match=r"params\.yaml has no key `triple\.times`"):
             workspace.set_params({"triple.times": 3})
+
+
+def test_labels_that_people_gave_at_home_are_taken_once_whole_and_in_their_order(repository: Path) -> None:
+    file = repository / "data/labels/rankings.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"item": 1}\n')
+    shell(repository, "git", "add", ".")
+    shell(repository, "git", "commit", "--quiet", "-m", "Labels")
+    separator = "\u2028"  # ends a line for Python's text, and not for JSON Lines
+    file.write_text(f'{{"item": 1}}\n{{"item": 2, "text": "{separator}"}}\n{{"item": 3}}\n{{"item": 4')
+    before = state(repository)
+    with open_workspace("labels", repository=str(repository)) as workspace:
+        assert workspace.take_labels() == 2
+        whole = file.read_bytes().removesuffix(b'{"item": 4')
+        assert (workspace.path / "data/labels/rankings.jsonl").read_bytes() == whole
+        assert shell(workspace.path, "git", "status", "--porcelain") == ""
+        assert shell(workspace.path, "git", "log", "-1", "--format=%s") == "Labels: 2 judgments\n"
+        assert workspace.take_labels() == 0
+        assert shell(workspace.path, "git", "log", "-1", "--format=%s") == "Labels: 2 judgments\n"
+        with file.open("a") as end:
+            end.write("}\n")
+        assert workspace.take_labels() == 1
+    assert state(repository) == before
+
+
+def test_labels_in_dvc_are_taken_and_its_cache_stays_as_it_is(repository: Path) -> None:
+    file = repository / "data/labels/rankings.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"item": 1}\n')
+    shell(repository, "dvc", "add", "--quiet", str(file))
+    shell(repository, "git", "add", ".")
+    shell(repository, "git", "commit", "--quiet", "-m", "Labels")
+    shell(repository, "dvc", "push", "--quiet")
+    md5 = hash_path(file)
+    file.unlink()  # it may be a link into the cache
+    file.write_text('{"item": 1}\n{"item": 2}\n')
+    with open_workspace("labels", repository=str(repository)) as workspace:
+        assert workspace.take_labels() == 1
+        assert hash_path(workspace.path / "data/labels/rankings.jsonl") == hash_path(file)
+        assert hash_path(file) in shell(workspace.path, "git", "show", "HEAD:data/labels/rankings.jsonl.dvc")
+        assert shell(workspace.path, "dvc", "status", "--json", "data/labels/rankings.jsonl.dvc") == "{}\n"
+    assert (repository / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}").read_text() == '{"item": 1}\n'

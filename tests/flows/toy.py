@@ -15,6 +15,10 @@ from typing import Any
 import psutil
 from prefect.client.base import PrefectHttpxSyncClient
 
+from tasks.conversations import Conversation
+from tasks.labels.judgments import DEMONSTRATIONS, WrittenDemonstration, item_id
+from tasks.labels.label_file import append
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds; the machines that run the tests may be slow and busy
 
@@ -45,6 +49,29 @@ with open(f"log-{name}.txt", "a") as log:
     print("end", time.monotonic(), file=log)
 """
 
+PEOPLE = """
+import sys
+from pathlib import Path
+
+from tasks.datasets import read_rows
+from tasks.labels.judgments import WrittenDemonstration, item_id
+from tasks.labels.queue import Item, Queue, open_queue, require_labels
+from tasks.stage import WaitsForPeopleError
+
+prompts = [[{"role": "user", "content": text}] for text in Path("left.txt").read_text().split()]
+items = [Item(item=item_id(prompt), prompt=prompt, responses=[], ended=[], labels=2) for prompt in prompts]
+queue = Queue(job="demonstrate", seed=1, max_tokens=8, leave_out=[], set_aside_after=2, items=items)
+open_queue(queue, Path())
+written = read_rows(Path("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
+try:
+    if "fill_in: true" not in Path("params.yaml").read_text():
+        require_labels(queue, written)
+except WaitsForPeopleError as error:
+    print(f"waits: stage `demonstrate`: {error}", file=sys.stderr)
+    sys.exit(3)
+Path("demonstrate.txt").write_text(" ".join(f"{row.labeler}:{row.response}" for row in written))
+"""
+
 
 def stage_yaml(name: str, reads: str, meta: str) -> str:
     return f"""
@@ -69,6 +96,37 @@ class Toy:
     def write(self, left: str = "retries: 0", right: str = "retries: 0", last: str = "retries: 0") -> None:
         stages = [("left", "", left), ("right", "", right), ("last", "left.txt right.txt", last)]
         (self.root / "dvc.yaml").write_text("stages:" + "".join(stage_yaml(*stage) for stage in stages))
+
+    def ask_people(self) -> None:
+        """One prompt that two people must answer, between two stages that need nobody."""
+        (self.root / "people.py").write_text(PEOPLE)
+        (self.root / "data/labels").mkdir(parents=True)
+        (self.root / "data/labels/demonstrations.jsonl").touch()
+        (self.root / "params.yaml").write_text("demonstrate:\n  human:\n    fill_in: false\n")
+        demonstrate = """
+  demonstrate:
+    cmd: python people.py
+    deps: [people.py, left.txt, data/labels/demonstrations.jsonl]
+    params: [demonstrate]
+    outs: [demonstrate.txt]
+"""
+        last = stage_yaml("last", "demonstrate.txt", "retries: 0")
+        (self.root / "dvc.yaml").write_text(f"stages:{stage_yaml('left', '', 'retries: 0')}{demonstrate}{last}")
+
+    def label(self, labeler: str) -> None:
+        """As the page does it."""
+        prompt: Conversation = [{"role": "user", "content": "left"}]
+        row = WrittenDemonstration(
+            item=item_id(prompt),
+            prompt=prompt,
+            labeler=labeler,
+            guidelines="none",
+            started_at="2026-01-01T00:00:00Z",
+            ended_at="2026-01-01T00:01:00Z",
+            skipped=None,
+            response="gern",
+        )
+        append(row, self.root / DEMONSTRATIONS)
 
     def times(self, stage: str) -> list[tuple[str, float]]:
         lines = (self.root / f"log-{stage}.txt").read_text().splitlines()
