@@ -31,8 +31,8 @@ from tasks.datasets import (
     read_rows,
     write_rows,
 )
-from tasks.labels.label_file import append, recorded
 from tasks.labels.judgments import JudgedRanking
+from tasks.labels.label_file import append, recorded
 from tasks.lineage import load_stages
 from tasks.params import load_params
 from tasks.rank import run as run_rank
