@@ -259,7 +259,8 @@ def page(found: Agreement, collected: Mapping[str, Any]) -> str:
     by_simulated = collected["by_simulated"]
     blocks = [
         "# The people who rank, and how far they agree",
-        f"{collected['judgments']:,} rankings by {collected['labelers']} people on {collected['items']:,} items; "
+        f"{collected['judgments']:,} rankings by {collected['labelers']} "
+        f"{'person' if collected['labelers'] == 1 else 'people'} on {collected['items']:,} items; "
         f"{figures['shared_items']:,} items were ranked by several. "
         + (
             f"**{by_simulated:,} of {by_simulated + collected['by_people']:,} rankings are simulated**, for nobody had "

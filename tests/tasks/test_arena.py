@@ -31,6 +31,7 @@ from tasks.datasets import (
     read_rows,
     write_rows,
 )
+from tasks.labels.judgments import JudgedRanking
 from tasks.labels.label_file import append, recorded
 from tasks.lineage import load_stages
 from tasks.params import load_params
@@ -311,6 +312,7 @@ def ranking_of_stage(root: Path, labels: Path) -> list[Ranking]:
     write_rows(root / "data/prepared/facts.jsonl", rows)
     write_rows(root / "data/prepared/rankings/reward.jsonl", list[RecordedRanking]())
     write_rows(root / "data/labels/arena.jsonl", read_rows(labels, Vote))
+    write_rows(root / "data/labels/rankings.jsonl", list[JudgedRanking]())
     stage = Stage(load_stages()["rank"], load_params(Path("params.yaml")), Mock(), root=root)
     run_rank(stage)
     stage.commit()
