@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.datasets import read_rows
+from tasks.labels.judgments import labeler_name
 from tasks.labels.label_studio import export, read_exports, save
 from tasks.labels.queue import LABELS, progress, queue_files, read_queue
 from tasks.stage import UserError
@@ -53,9 +54,12 @@ def named(pairs: list[str]) -> dict[str, str]:
     names = {}
     for pair in pairs:
         who, _, name = pair.partition("=")
-        if not who.strip() or not name.strip() or name.strip().startswith("simulated:"):
-            raise UserError(f"--labeler {pair}: write it as 1=ann, Label Studio's number or address and the name here.")
-        names[who.strip()] = name.strip()
+        try:
+            names[who.strip()] = labeler_name(name)
+        except ValueError as error:
+            raise UserError(
+                f"--labeler {pair}: write it as 1=ann, Label Studio's number or address and the name here. {error}"
+            ) from None
     return names
 
 

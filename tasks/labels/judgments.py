@@ -23,6 +23,9 @@ RANKINGS = Path("data/labels/rankings.jsonl")
 GUIDELINES = Path("data/labels/guidelines.md")
 
 Flag = Literal["harmful", "broken", "not an answer"]
+SIMULATED = "simulated:"  # before a simulated labeler's id where it fills in for people: no report takes it for one
+RESERVED = (SIMULATED, "majority of ", "Bradley-Terry of ")  # what the pipeline's own names begin with
+LONGEST_NAME = 100  # characters; an e-mail address is a name
 Rating = Annotated[int, Field(ge=1, le=7)]  # 7 is best (InstructGPT, appendix B.2)
 
 
@@ -36,6 +39,11 @@ class Judgment(Row):
     started_at: str  # when the item was shown, ISO 8601 in UTC
     ended_at: str  # when it was saved or skipped
     skipped: str | None  # why the labeler says nothing; None: it is labelled
+
+    @field_validator("labeler")
+    @classmethod
+    def _a_person(cls, labeler: str) -> str:
+        return labeler_name(labeler)
 
     @field_validator("started_at", "ended_at")
     @classmethod
@@ -85,6 +93,16 @@ class JudgedRanking(Judgment):
 
 
 AnyJudgment = TypeVar("AnyJudgment", bound=Judgment)
+
+
+def labeler_name(name: str) -> str:
+    """A person's name as labels bear it. ValueError where it is none."""
+    name = name.strip()
+    if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"A name has 1 to {LONGEST_NAME} printable characters.")
+    if name.startswith(RESERVED):
+        raise ValueError(f"`{name}`: names that begin so are the pipeline's own.")
+    return name
 
 
 def item_id(prompt: Conversation, responses: Sequence[str] = (), ended: Sequence[bool] = ()) -> str:

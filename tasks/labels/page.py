@@ -31,7 +31,7 @@ from starlette.middleware.sessions import SessionMiddleware
 
 from tasks.conversations import FINGERPRINT_FILE
 from tasks.labels.desk import Desk, RefusedError, Visit
-from tasks.labels.judgments import Flag, Rating, version_of
+from tasks.labels.judgments import Flag, Rating, labeler_name, version_of
 from tasks.labels.queue import PAGE, Job
 from tasks.labels.sign_in import (
     LOOPBACK_TOKEN,
@@ -39,7 +39,6 @@ from tasks.labels.sign_in import (
     TOKEN_FILE,
     TOKENS,
     Door,
-    labeler_name,
     read_tokens,
     require_strong,
     secret_file,

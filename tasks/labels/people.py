@@ -14,7 +14,6 @@ from tasks.labels.judgments import AnyJudgment, JudgedRanking, Judgment, standin
 from tasks.labels.queue import Item, Queue, open_queue, progress, require_labels
 from tasks.params import Human, HumanRankings
 
-SIMULATED = "simulated:"  # before a simulated labeler's id where it fills in for people: no report takes it for one
 AGGREGATIONS = {"majority": ("majority", majority), "bradley_terry": ("Bradley-Terry", bradley_terry)}
 
 

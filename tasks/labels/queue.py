@@ -1,7 +1,7 @@
 """What people are asked to label: `.rlhf/queue/JOB.json`, written by the stage that needs the labels.
 
 The stage opens the queue, the page (tasks/labels/page.py) hands it out and appends judgments to `data/labels`, and the
-stage reads those. Nobody closes a queue: what it still lacks follows from the judgments alone.
+stage reads those. A queue stays open when it has its labels: what it lacks follows from the judgments alone.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ def open_queue(queue: Queue, root: Path) -> None:
     temporary.replace(path)
 
 
+def close_queue(job: Job, root: Path) -> None:
+    """Nobody is asked any more, for the labels come from elsewhere."""
+    (root / QUEUES / f"{job}.json").unlink(missing_ok=True)
+
+
 def read_queue(path: Path) -> Queue:
     try:
         return Queue.model_validate_json(path.read_text(encoding="utf-8"))
@@ -126,10 +131,11 @@ def require_labels(queue: Queue, judgments: Sequence[Judgment]) -> None:
 
 
 def waiting_text(job: Job, told: Progress) -> str:
-    what = {"demonstrate": "demonstrations", "rank": "rankings"}[job]
+    what = {"demonstrate": "demonstration", "rank": "ranking"}[job]
+    lack = f"{told.missing} {what}s by people are" if told.missing > 1 else f"1 {what} by people is"
     skips = f"; {told.skipped} times somebody skipped one" if told.skipped else ""
     return (
-        f"{told.missing} {what} by people are missing: {told.done} of {told.items} items are done{skips}.\n"
+        f"{lack} missing: {told.done} of {told.items} items are done{skips}.\n"
         f"Open the page with `make label` ({page_address()}); when they are there, the same command goes on from here."
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tasks.labels.judgments import LONGEST_NAME, labeler_name
 from tasks.stage import UserError
 
 TOKENS = "RLHF_LABEL_TOKENS"  # in the environment: ann:TOKEN,bob:TOKEN
@@ -20,20 +21,11 @@ TOKEN_FILE = Path(".rlhf/label_tokens")  # or here, a line each: `ann: TOKEN`
 LOOPBACK_TOKEN = Path(".rlhf/label_token_loopback")
 SESSION_KEY = Path(".rlhf/labelling/session_key")
 SHORTEST = 12  # characters of a token, where others than this machine reach the page
-LONGEST_NAME = 40
 
 FREE_BY_NAME, FREE_BY_ADDRESS = 2, 10  # failures before waiting begins; one address may be a whole office
 LONGEST_WAIT = 30.0  # seconds
 FORGET_AFTER = 3600.0  # seconds without a failure
 REMEMBERED = 10_000  # names and addresses
-
-
-def labeler_name(name: str) -> str:
-    """The name as labels bear it. ValueError where it is none."""
-    name = name.strip()
-    if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"A name has 1 to {LONGEST_NAME} printable characters.")
-    return name
 
 
 def read_tokens(home: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -15,7 +15,15 @@ import pytest
 from tasks.conversations import single
 from tasks.datasets import read_rows
 from tasks.labels.desk import KEEP, LEASES, LEAVING, Desk, RefusedError, Visit
-from tasks.labels.judgments import DEMONSTRATIONS, GUIDELINES, RANKINGS, JudgedRanking, WrittenDemonstration, item_id
+from tasks.labels.judgments import (
+    DEMONSTRATIONS,
+    GUIDELINES,
+    RANKINGS,
+    JudgedRanking,
+    WrittenDemonstration,
+    item_id,
+    labeler_name,
+)
 from tasks.labels.label_file import append
 from tasks.labels.queue import QUEUES, WORKSPACES, Item, Job, Queue, open_queue, progress
 from tasks.labels.sign_in import (
@@ -23,7 +31,6 @@ from tasks.labels.sign_in import (
     TOKEN_FILE,
     TOKENS,
     Door,
-    labeler_name,
     read_tokens,
     require_strong,
     secret_file,
@@ -442,8 +449,11 @@ def test_for_other_machines_everybody_needs_a_strong_token() -> None:
 
 def test_names_and_secrets(home: Path) -> None:
     assert labeler_name(" Ann Bö ") == "Ann Bö"
-    for name in ("", "  ", "a" * 41, "a\nb", "a\u202eb"):
-        with pytest.raises(ValueError, match="1 to 40 printable"):
+    for name in ("", "  ", "a" * 101, "a\nb", "a\u202eb"):
+        with pytest.raises(ValueError, match="1 to 100 printable"):
+            labeler_name(name)
+    for name in ("simulated:ada", "majority of 3", "Bradley-Terry of 3"):
+        with pytest.raises(ValueError, match="the pipeline's own"):
             labeler_name(name)
     secret = secret_file(home / "secret")
     assert secret_file(home / "secret") == secret

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pydantic import ValidationError
@@ -13,10 +15,11 @@ from tasks.conversations import single
 from tasks.datasets import Ranking, Samples, prompt_id
 from tasks.labels.judgments import JudgedRanking
 from tasks.labels.people import Joined, ask_people, join, rankings_of
-from tasks.labels.queue import Queue, queue_files
+from tasks.labels.queue import Job, Queue, open_queue, queue_files
+from tasks.lineage import load_stages
 from tasks.params import HumanRankings, Params, load_params
 from tasks.rank import queue_of
-from tasks.stage import WaitsForPeopleError
+from tasks.stage import Stage, UserError, WaitsForPeopleError
 from tests.judged import ranked, wrote
 
 DEFAULTS = load_params(Path("params.yaml"))
@@ -217,3 +220,13 @@ def test_a_judgment_names_what_it_judged() -> None:
 def test_times_say_their_zone(time: str) -> None:
     with pytest.raises(ValidationError, match="started_at"):
         wrote(single("p"), "ann", "text", started_at=time)
+
+
+@pytest.mark.parametrize("name", ["demonstrate", "rank"])
+def test_nobody_is_asked_once_the_labels_come_from_elsewhere(tmp_path: Path, name: Job) -> None:
+    for job in ("demonstrate", "rank"):
+        open_queue(Queue(job=job, seed=1, max_tokens=None, leave_out=[], set_aside_after=2, items=[]), tmp_path)
+    stage = Stage(load_stages()[name], load_params(Path("params.yaml")), Mock(), root=tmp_path)
+    with pytest.raises(UserError, match="is missing"):  # the labeler is simulated, and has nothing to work on
+        import_module(f"tasks.{name}").run(stage)
+    assert [file.stem for file in queue_files(tmp_path)] == [{"demonstrate": "rank", "rank": "demonstrate"}[name]]
