@@ -181,7 +181,8 @@ def test_labels_that_others_append_count_at_once(home: Path, clock: Clock) -> No
     rank(desk, "ann", view)
     row = judged(home)[0]
     one = ranking(1)
-    imported = row.model_copy(update={"item": one.item, "labeler": "studio", "responses": one.responses})
+    content = {"item": one.item, "prompt": one.prompt, "responses": one.responses, "ended": one.ended}
+    imported = row.model_copy(update={**content, "labeler": "studio"})
     append(imported, home / RANKINGS)
     assert "All items" in str(desk.next("bob", "rank"))
     replacement = home / "data/labels/.tmp-new"
