@@ -27,8 +27,8 @@ from tasks.datasets import (
     write_json,
     write_rows,
 )
-from tasks.labels.judgments import WrittenDemonstration, item_id, seconds_of
-from tasks.labels.people import SIMULATED, Joined, ask_people, tell_not_used
+from tasks.labels.judgments import SIMULATED, WrittenDemonstration, item_id, seconds_of
+from tasks.labels.people import Joined, ask_people, tell_not_used
 from tasks.labels.queue import Item, Queue, labels_wanted
 from tasks.labels.simulated import choose_labeler, demonstrate, generator
 from tasks.params import Params

@@ -33,8 +33,8 @@ from tasks.datasets import (
 )
 from tasks.labels.agreement import Agreement, measure, nobody, page, pair_marks
 from tasks.labels.checks import run_checks
-from tasks.labels.judgments import JudgedRanking, item_id
-from tasks.labels.people import SIMULATED, ask_people, rankings_of, tell_not_used
+from tasks.labels.judgments import SIMULATED, JudgedRanking, item_id
+from tasks.labels.people import ask_people, rankings_of, tell_not_used
 from tasks.labels.queue import Item, Queue, labels_wanted
 from tasks.labels.simulated import choose_labeler, generator, opinion, rank
 from tasks.params import Labeler, Params

@@ -18,11 +18,13 @@ from rich.table import Table
 from tasks.datasets import read_rows
 from tasks.labels.label_studio import export, read_exports, save
 from tasks.labels.queue import LABELS, progress, queue_files, read_queue
+from tasks.labels.sign_in import labeler_name
 from tasks.stage import UserError
 
 HOME = Path()
 BASE = Path("data/models/base")
 SHOWN = 20  # lines on what was dropped
+WHO = "Label Studio's number or address and the name here"
 
 
 def status() -> Table:
@@ -53,9 +55,12 @@ def named(pairs: list[str]) -> dict[str, str]:
     names = {}
     for pair in pairs:
         who, _, name = pair.partition("=")
-        if not who.strip() or not name.strip() or name.strip().startswith("simulated:"):
-            raise UserError(f"--labeler {pair}: write it as 1=ann, Label Studio's number or address and the name here.")
-        names[who.strip()] = name.strip()
+        try:
+            names[who.strip()] = labeler_name(name)
+        except ValueError as error:
+            raise UserError(f"--labeler {pair}: write it as 1=ann, {WHO}. {error}") from None
+        if not who.strip():
+            raise UserError(f"--labeler {pair}: write it as 1=ann, {WHO}.")
     return names
 
 

@@ -21,6 +21,7 @@ from tasks.datasets import Row
 DEMONSTRATIONS = Path("data/labels/demonstrations.jsonl")
 RANKINGS = Path("data/labels/rankings.jsonl")
 GUIDELINES = Path("data/labels/guidelines.md")
+SIMULATED = "simulated:"  # before a simulated labeler's id where it fills in for people: no report takes it for one
 
 Flag = Literal["harmful", "broken", "not an answer"]
 Rating = Annotated[int, Field(ge=1, le=7)]  # 7 is best (InstructGPT, appendix B.2)

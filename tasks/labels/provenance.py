@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 
 from tasks.ancestry import Recorded, Store, inside, lineage, literal, stages_at
 from tasks.datasets import AnyRow, Demonstration, Ranking, Samples, Vote, prompt_id, read_rows
-from tasks.labels.judgments import JudgedRanking, WrittenDemonstration, item_id, standing
+from tasks.labels.judgments import SIMULATED, JudgedRanking, WrittenDemonstration, item_id, standing
 from tasks.lineage import StageSpec
 from tasks.register import find_version
 from tasks.registry import COMPANIONS, resolve
@@ -41,7 +41,6 @@ WRITTEN = "data/labels/demonstrations.jsonl"
 JUDGED = "data/labels/rankings.jsonl"
 VOTES = "data/labels/arena.jsonl"
 SETTINGS = ("demonstrate.", "rank.", "labelers", "sample.", "reward.label_share", "base.")  # what is shown of params
-SIMULATED = "simulated:"  # begins the name of a simulated labeler that filled in for people
 
 Kind = Literal["human", "simulated", "recorded"]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tasks.labels.judgments import SIMULATED
 from tasks.stage import UserError
 
 TOKENS = "RLHF_LABEL_TOKENS"  # in the environment: ann:TOKEN,bob:TOKEN
@@ -33,6 +34,8 @@ def labeler_name(name: str) -> str:
     name = name.strip()
     if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable():
         raise ValueError(f"A name has 1 to {LONGEST_NAME} printable characters.")
+    if name.startswith(SIMULATED):
+        raise ValueError(f"A name that begins with `{SIMULATED}` is of a simulated labeler; take another.")
     return name
 
 
