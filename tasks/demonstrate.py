@@ -29,7 +29,7 @@ from tasks.datasets import (
 )
 from tasks.labels.judgments import SIMULATED, WrittenDemonstration, item_id, seconds_of
 from tasks.labels.people import Joined, ask_people, tell_not_used
-from tasks.labels.queue import Item, Queue, labels_wanted
+from tasks.labels.queue import Item, Queue, close_queue, labels_wanted
 from tasks.labels.simulated import choose_labeler, demonstrate, generator
 from tasks.params import Params
 from tasks.stage import Stage, UserError
@@ -44,6 +44,8 @@ class Collected(NamedTuple):
 
 
 def run(stage: Stage) -> None:
+    if stage.params.demonstrate.labeler != "human":
+        close_queue("demonstrate", stage.root)
     ways = {"simulated": by_simulated_labelers, "human": by_people, "recorded": recorded}
     demonstrations, flaws, without_ticket, counts, people = ways[stage.params.demonstrate.labeler](stage)
 

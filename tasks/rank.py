@@ -35,7 +35,7 @@ from tasks.labels.agreement import Agreement, measure, nobody, page, pair_marks
 from tasks.labels.checks import run_checks
 from tasks.labels.judgments import SIMULATED, JudgedRanking, item_id
 from tasks.labels.people import ask_people, rankings_of, tell_not_used
-from tasks.labels.queue import Item, Queue, labels_wanted
+from tasks.labels.queue import Item, Queue, close_queue, labels_wanted
 from tasks.labels.simulated import choose_labeler, generator, opinion, rank
 from tasks.params import Labeler, Params
 from tasks.stage import Stage, UserError
@@ -59,6 +59,8 @@ class Collected(NamedTuple):
 
 def run(stage: Stage) -> None:
     params = stage.params
+    if params.rank.labeler != "human":
+        close_queue("rank", stage.root)
     ways = {"simulated": by_simulated_labelers, "human": by_people, "recorded": recorded}
     rankings, figures, held_out, apart, agreed = ways[params.rank.labeler](stage)
     sides = {row.id: row.held_out for row in rankings}

@@ -1,7 +1,8 @@
 """What people are asked to label: `.rlhf/queue/JOB.json`, written by the stage that needs the labels.
 
 The stage opens the queue, the page (tasks/labels/page.py) hands it out and appends judgments to `data/labels`, and the
-stage reads those. Nobody closes a queue: what it still lacks follows from the judgments alone.
+stage reads those. What a queue still lacks follows from the judgments alone; it is closed where people are not asked
+any more.
 """
 
 from __future__ import annotations
@@ -104,6 +105,11 @@ def open_queue(queue: Queue, root: Path) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text(queue.model_dump_json(), encoding="utf-8")
     temporary.replace(path)
+
+
+def close_queue(job: Job, root: Path) -> None:
+    """The stage has other labelers now: nobody should work for it any more."""
+    (root / QUEUES / f"{job}.json").unlink(missing_ok=True)
 
 
 def read_queue(path: Path) -> Queue:
