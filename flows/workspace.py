@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from ruamel.yaml import YAML
 
 from tasks.datasets import flat
-from tasks.labels.label_file import locked, own_copy
+from tasks.labels.label_file import locked
 from tasks.labels.queue import LABELS
 from tasks.stage import CHECKPOINTS, UserError
 from tasks.tracking import JOURNALS, masked
@@ -93,11 +93,12 @@ class Workspace:
             known = set(whole_lines(ours))
             if new := [line for line in whole_lines(theirs) if line not in known]:
                 ours.parent.mkdir(parents=True, exist_ok=True)
-                own_copy(ours)
                 with locked(ours) as end:
                     end.writelines(line + b"\n" for line in new)
                 if ours.with_name(f"{ours.name}.dvc").exists():
-                    _run(["dvc", "add", "--quiet", str(file)], self.path)
+                    done = _run(["dvc", "add", "--quiet", str(file)], self.path)
+                    if done.returncode:
+                        raise UserError(masked(f"`dvc add {file}` failed: {done.stderr.strip()[-2000:]}"))
                 taken += len(new)
         if taken:
             self.commit(f"Labels: {taken} judgments")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 CHECKPOINTS = Path(".rlhf/checkpoints")  # git-ignored, outside every out: DVC removes those before a stage runs
+LABELS = "data/labels/"  # people add to these files at any time
 
 
 class UserError(Exception):
@@ -45,6 +46,7 @@ class Stage:
         self.tracker = tracker
         self.root = root
         self._pending: dict[Path, Path] = {}  # temporary path -> final path
+        self._growing: dict[str, str] = {}  # files of labels that were read -> SHA-256 before
 
     def dep(self, path: str) -> Path:
         """An input. It must be declared in dvc.yaml, or lie within something declared, and exist."""
@@ -56,6 +58,8 @@ class Stage:
                 f"{path} is missing: the stage `{self.spec.name}` reads it.\n"
                 f"Run `dvc repro {self.spec.name}` to make everything that it needs, or `dvc pull {path}` to fetch it."
             )
+        if path.startswith(LABELS) and full.is_file():
+            self._growing.setdefault(path, _digest(full))
         return full
 
     def out(self, path: str) -> Path:
@@ -93,7 +97,14 @@ class Stage:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def commit(self) -> None:
-        """Put every output in its place. What the stage could have resumed from is not needed any more."""
+        """Put every output in its place. What the stage could have resumed from is not needed any more.
+
+        UserError where people labelled meanwhile: DVC hashes what was read when the stage has ended, and would take
+        labels that came too late for labels that were used.
+        """
+        for path, before in self._growing.items():
+            if _digest(self.root / path) != before:
+                raise UserError(f"{path} changed while the stage read it: people are labelling. Run it again.")
         for temporary, final in self._pending.items():
             _remove(final)
             temporary.replace(final)
@@ -112,8 +123,12 @@ def _content(path: Path) -> Iterator[tuple[str, str]]:
     """(path within, SHA-256) of a file, or of each file in a folder but what Python writes beside the code."""
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         if file.is_file() and "__pycache__" not in file.parts:
-            with file.open("rb") as content:
-                yield file.relative_to(path).as_posix(), hashlib.file_digest(content, "sha256").hexdigest()
+            yield file.relative_to(path).as_posix(), _digest(file)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:

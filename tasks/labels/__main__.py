@@ -24,6 +24,7 @@ from tasks.stage import UserError
 HOME = Path()
 BASE = Path("data/models/base")
 SHOWN = 20  # lines on what was dropped
+WHO = "Label Studio's number or address and the name here"
 
 
 def status() -> Table:
@@ -57,9 +58,9 @@ def named(pairs: list[str]) -> dict[str, str]:
         try:
             names[who.strip()] = labeler_name(name)
         except ValueError as error:
-            raise UserError(
-                f"--labeler {pair}: write it as 1=ann, Label Studio's number or address and the name here. {error}"
-            ) from None
+            raise UserError(f"--labeler {pair}: write it as 1=ann, {WHO}. {error}") from None
+        if not who.strip():
+            raise UserError(f"--labeler {pair}: write it as 1=ann, {WHO}.")
     return names
 
 

@@ -24,6 +24,7 @@ from tasks.conversations import Conversation
 from tasks.datasets import Row
 from tasks.labels.judgments import GUIDELINES, Flag, JudgedRanking, Judgment, WrittenDemonstration, version_of
 from tasks.labels.label_file import append, recorded
+from tasks.labels.people import as_judged, by_content
 from tasks.labels.queue import LABELS, QUEUES, Item, Job, Queue, queue_files, read_queue, still_wanted
 from tasks.stage import UserError
 
@@ -85,14 +86,14 @@ class Labels:
         self.size = self.lines = 0  # that were read
         self.by_item: dict[str, dict[str, Judgment]] = {}  # the last of each labeler
         self.by_labeler: dict[str, dict[str, list[Judgment]]] = {}  # all of each item, the newest item last
+        self.changed = set[str]()  # items that something new is about, for the desk to clear
 
-    def refresh(self) -> set[str]:
-        """Read what is new; the items that it is about."""
+    def refresh(self) -> None:
+        """Read what is new."""
         with self.path.open("rb") as file:
             stat = os.fstat(file.fileno())
-            changed = set[str]()
             if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.size:  # another file stands there
-                changed |= set(self.by_item)
+                self.changed |= set(self.by_item)
                 self.file, self.size, self.lines = (stat.st_dev, stat.st_ino), 0, 0
                 self.by_item, self.by_labeler = {}, {}
             file.seek(self.size)
@@ -110,8 +111,7 @@ class Labels:
             self.by_item.setdefault(row.item, {})[row.labeler] = row
             mine = self.by_labeler.setdefault(row.labeler, {})
             mine[row.item] = [*mine.pop(row.item, []), row]
-            changed.add(row.item)
-        return changed
+            self.changed.add(row.item)
 
 
 @dataclass
@@ -316,7 +316,8 @@ class Desk:
 
     def _refresh(self) -> None:
         """Read what others have written meanwhile: judgments, and queues of stages."""
-        changed = {job: labels.refresh() for job, labels in self.labels.items()}
+        for labels in self.labels.values():
+            labels.refresh()
         found = {}
         for path in queue_files(self.home):
             try:
@@ -335,9 +336,11 @@ class Desk:
         self.queues = found
         for one in found.values():
             job = one.queue.job
-            for item in changed[job] & set(one.items):
+            for item in self.labels[job].changed & set(one.items):
                 alone = one.queue.model_copy(update={"items": [one.items[item]]})
                 one.lacks |= still_wanted(alone, self.labels[job].by_item.get(item, {}).values())
+        for labels in self.labels.values():  # not before: where a file is damaged, nothing above is done
+            labels.changed.clear()
 
     def _of(self, job: Job) -> list[OpenQueue]:
         return [one for one in self.queues.values() if one.queue.job == job]
@@ -413,26 +416,26 @@ class Desk:
         temporary.replace(path)
 
     def _shown(self, labeler: str, job: Job, item: str) -> Shown:
-        """As this labeler sees it, today and later: what they have judged stays in the order in which it stood."""
+        """As this labeler sees it, today and later: the order follows from seed, content and name alone. Were it read
+        from what the labeler said earlier, an import while the item is open would move the outputs under a save."""
         earlier = self.labels[job].by_labeler.get(labeler, {}).get(item, [None])[-1]
         lease = self.leases.get((job, item, labeler))
         queued = next((one for one in self._of(job) if item in one.items), None)
+        holder: Item | Judgment
         if queued:
-            one, seed, limit, folder = queued.items[item], queued.queue.seed, queued.queue.max_tokens, queued.folder
+            holder, seed, limit, folder = queued.items[item], queued.queue.seed, queued.queue.max_tokens, queued.folder
         elif lease:
-            one, seed, limit, folder = lease.item, lease.seed, lease.max_tokens, Path(lease.folder)
+            holder, seed, limit, folder = lease.item, lease.seed, lease.max_tokens, Path(lease.folder)
         elif earlier:
-            one, seed, limit, folder = None, 0, None, self.home
+            holder, limit, folder = earlier, None, self.home
+            seed = earlier.seed if isinstance(earlier, JudgedRanking) else 0
         else:
             raise RefusedError("this item is in no queue any more: the outputs or prompts were made anew")
-        if isinstance(earlier, JudgedRanking):
-            return Shown(earlier.prompt, earlier.responses, earlier.ended, earlier.order, earlier.seed, limit, folder)
-        if one is None:
-            assert earlier  # by the branches above
-            return Shown(earlier.prompt, [], [], [], seed, limit, folder)
-        order = list(range(len(one.responses)))
+        if not isinstance(holder, Item | JudgedRanking):
+            return Shown(holder.prompt, [], [], [], seed, limit, folder)
+        order = by_content(holder)
         random.Random(f"{seed}|{item}|{labeler}").shuffle(order)
-        return Shown(one.prompt, one.responses, one.ended, order, seed, limit, folder)
+        return Shown(holder.prompt, holder.responses, holder.ended, order, seed, limit, folder)
 
     def _view(self, labeler: str, job: Job, item: str, started_at: str) -> dict[str, Any]:
         """What the browser gets: nothing in it tells which model wrote an output."""
@@ -446,15 +449,17 @@ class Desk:
             "max_tokens": shown.max_tokens,
             "started_at": started_at,
             "guidelines": version_of(self.guidelines()),
-            "said": said and _said(said),
+            "said": said and _said(said, shown),
         }
 
     def _common(self, labeler: str, visit: Visit, shown: Shown) -> dict[str, Any]:
         try:
-            started = datetime.fromisoformat(visit.started_at).timestamp()
+            started = datetime.fromisoformat(visit.started_at)
         except ValueError:
             raise RefusedError("started_at is no time; send the one that came with the item") from None
-        if not 0 < started <= self.clock() + 5:
+        if started.tzinfo is None:
+            raise RefusedError("started_at does not say in which time zone it is; send the one that came with the item")
+        if not 0 < started.timestamp() <= self.clock() + 5:
             raise RefusedError("started_at lies in the future; send the one that came with the item")
         return {
             "item": visit.item,
@@ -487,14 +492,15 @@ def _ranking_of(shown: Shown) -> dict[str, Any]:
     return {"responses": shown.responses, "ended": shown.ended, "order": shown.order, "seed": shown.seed}
 
 
-def _said(row: Judgment) -> dict[str, Any]:
-    """What somebody said, of the outputs in the order in which they were shown."""
+def _said(row: Judgment, shown: Shown) -> dict[str, Any]:
+    """What somebody said, of the outputs in the order in which they are shown."""
     said: dict[str, Any] = {"skipped": row.skipped}
     if isinstance(row, WrittenDemonstration):
         said["response"] = row.response
     elif isinstance(row, JudgedRanking) and row.skipped is None:
+        judged = as_judged(shown, row)
         for name in ("ranks", "flags", "ratings"):
-            said[name] = [getattr(row, name)[index] for index in row.order]
+            said[name] = [getattr(row, name)[judged[index]] for index in shown.order]
     return said
 
 

@@ -21,9 +21,9 @@ from tasks.datasets import Row
 DEMONSTRATIONS = Path("data/labels/demonstrations.jsonl")
 RANKINGS = Path("data/labels/rankings.jsonl")
 GUIDELINES = Path("data/labels/guidelines.md")
+SIMULATED = "simulated:"  # before a simulated labeler's id where it fills in for people: no report takes it for one
 
 Flag = Literal["harmful", "broken", "not an answer"]
-SIMULATED = "simulated:"  # before a simulated labeler's id where it fills in for people: no report takes it for one
 RESERVED = (SIMULATED, "majority of ", "Bradley-Terry of ")  # what the pipeline's own names begin with
 LONGEST_NAME = 100  # characters; an e-mail address is a name
 Rating = Annotated[int, Field(ge=1, le=7)]  # 7 is best (InstructGPT, appendix B.2)

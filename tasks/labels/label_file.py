@@ -36,7 +36,6 @@ def recorded(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
     """All rows so far; a file that is not there yet is made. UserError where it is damaged or cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        own_copy(path)
         with locked(path) as file:
             mend(file, row_type)
     except OSError as error:
@@ -48,10 +47,14 @@ def recorded(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
 def locked(path: Path) -> Iterator[IO[bytes]]:
     """The file at its end, for one writer at a time, be it a thread or another page."""
     while True:
-        with path.open("a+b") as file:
+        linked = is_linked(path)
+        with path.open("rb" if linked else "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
             if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 continue  # git or DVC put another file there meanwhile: what is written here would be lost
+            if linked or is_linked(path):
+                own_copy(path)  # while no other writer is at it
+                continue
             file.seek(0, os.SEEK_END)
             yield file
             return
@@ -75,9 +78,15 @@ def mend(file: IO[bytes], row_type: type[Row]) -> None:
         file.seek(0, os.SEEK_END)
 
 
+def is_linked(path: Path) -> bool:
+    """Whether `dvc add` left a link into DVC's cache there: what is appended must not change the cache."""
+    return path.is_symlink() or (path.exists() and path.stat().st_nlink > 1)
+
+
 def own_copy(path: Path) -> None:
-    """Where `dvc add` left a link into DVC's cache, a copy in its place: what is appended must not change the cache."""
-    if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):
-        temporary = path.with_name(f".tmp-{path.name}")
-        shutil.copyfile(path, temporary)
-        temporary.replace(path)
+    """In place of a link, the same content; on the disk when this returns, as what was appended before was."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    shutil.copyfile(path, temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -197,16 +197,20 @@ def read_exports(
         path, row_type = LABELS[job]
         before = recorded(home / path, row_type) if rows and (home / path).exists() else []
         known = {_said(row) for row in before}
-        stands = {(row.item, row.labeler): row.ended_at for row in standing(before)}
-        for row in sorted(rows, key=lambda row: row.ended_at):
+        stands = {(row.item, row.labeler): ended(row) for row in standing(before)}
+        for row in sorted(rows, key=ended):
             if _said(row) in known:
                 found.known += 1
-            elif row.ended_at < stands.get((row.item, row.labeler), ""):
+            elif (key := (row.item, row.labeler)) in stands and ended(row) < stands[key]:
                 found.dropped.append(f"item {row.item}, {row.labeler}: said something else later, which stands")
             else:
                 known.add(_said(row))
                 found.new[job].append(row)
     return found
+
+
+def ended(row: Judgment) -> datetime:
+    return datetime.fromisoformat(row.ended_at)
 
 
 def save(found: Imported, home: Path) -> None:

@@ -429,6 +429,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(home: Path, host: str, port: int, hold: float) -> None:
     url = os.environ.get("RLHF_LABEL_URL", "")
+    if url and not (urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname):
+        raise UserError(f"RLHF_LABEL_URL is `{url}`; write it whole, as https://label.example.")
     tokens = read_tokens(home)
     for reached in (host, urlsplit(url).hostname):
         if reached and not is_loopback(reached):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic
+from typing import Generic, Protocol
 
 from tasks.datasets import Ranking, prompt_id
 from tasks.labels.aggregation import bradley_terry, flagged_by_half, flagged_last, majority
@@ -151,14 +151,22 @@ def in_order_of(one: Item, row: JudgedRanking) -> tuple[list[int], list[bool]]:
     return [row.ranks[place] for place in judged], [bool(row.flags[place]) for place in judged]
 
 
-def as_judged(one: Item, row: JudgedRanking) -> list[int]:
-    """Where each of the item's outputs stands in the judgment. They are the same: the item's name is made of them."""
+class Outputs(Protocol):
+    @property
+    def responses(self) -> list[str]: ...
+    @property
+    def ended(self) -> list[bool]: ...
 
-    def by_content(holder: Item | JudgedRanking) -> list[int]:
-        outputs = list(zip(holder.responses, holder.ended, strict=True))
-        return sorted(range(len(outputs)), key=lambda place: outputs[place])
 
-    found = [0] * len(one.responses)
-    for here, there in zip(by_content(one), by_content(row), strict=True):
-        found[here] = there
+def as_judged(here: Outputs, row: JudgedRanking) -> list[int]:
+    """Where each of these outputs stands in the judgment. They are the same: the item's name is made of them."""
+    found = [0] * len(here.responses)
+    for one, other in zip(by_content(here), by_content(row), strict=True):
+        found[one] = other
     return found
+
+
+def by_content(holder: Outputs) -> list[int]:
+    """The places of the outputs, in an order that does not depend on how they stand."""
+    outputs = list(zip(holder.responses, holder.ended, strict=True))
+    return sorted(range(len(outputs)), key=lambda place: outputs[place])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from ruamel.yaml import YAML
 
@@ -395,7 +396,7 @@ def shown(found: Provenance, console: Console) -> None:
         told = ["?" if number is None else str(number) for number in numbers]
         if one.job == "demonstrate":
             told[1] = ""
-        table.add_row(one.job, one.kind, one.labeler, one.source, *told)
+        table.add_row(one.job, one.kind, escape(one.labeler), one.source, *told)
     console.print(table)
     for line in totals(found.labels):
         console.print(line)
@@ -405,9 +406,9 @@ def shown(found: Provenance, console: Console) -> None:
     for column in ("path", "hash", "holds"):
         table.add_column(column, overflow="fold")
     for file in found.files:
-        table.add_row(file.path, file.md5, file.holds)
+        table.add_row(escape(file.path), file.md5, file.holds)
         for name, md5 in list(file.files.items())[:FILES_SHOWN]:
-            table.add_row(f"  {name}", md5, "")
+            table.add_row(f"  {escape(name)}", md5, "")
         if len(file.files) > FILES_SHOWN:
             table.add_row(f"  and {len(file.files) - FILES_SHOWN} more (--json has all)", "", "")
     console.print(table)

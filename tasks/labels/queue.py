@@ -1,7 +1,8 @@
 """What people are asked to label: `.rlhf/queue/JOB.json`, written by the stage that needs the labels.
 
 The stage opens the queue, the page (tasks/labels/page.py) hands it out and appends judgments to `data/labels`, and the
-stage reads those. A queue stays open when it has its labels: what it lacks follows from the judgments alone.
+stage reads those. What a queue still lacks follows from the judgments alone; it is closed where people are not asked
+any more.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def open_queue(queue: Queue, root: Path) -> None:
 
 
 def close_queue(job: Job, root: Path) -> None:
-    """Nobody is asked any more, for the labels come from elsewhere."""
+    """The stage has other labelers now: nobody should work for it any more."""
     (root / QUEUES / f"{job}.json").unlink(missing_ok=True)
 
 

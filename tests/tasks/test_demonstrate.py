@@ -13,6 +13,7 @@ from tasks.conversations import single
 from tasks.datasets import Demonstration, Prompt, PromptFacts, prompt_id, read_rows, write_rows
 from tasks.demonstrate import choose_prompts, run
 from tasks.labels.judgments import WrittenDemonstration
+from tasks.labels.queue import queue_files
 from tasks.lineage import load_stages
 from tasks.params import load_params
 from tasks.stage import Stage, UserError, WaitsForPeopleError
@@ -151,6 +152,9 @@ def test_it_waits_until_people_have_answered_and_goes_on(tmp_path: Path) -> None
     some = [*answers(chosen[:2]), wrote(chosen[2].prompt, "ann", None)]
     with pytest.raises(WaitsForPeopleError, match="2 demonstrations by people are missing: 2 of 4 items are done"):
         run_stage(tmp_path / "some", prompts, 4, facts=facts, written=some, labels=1)
+    assert queue_files(tmp_path / "some")
+    run_stage(tmp_path / "some", PROMPTS, 4)
+    assert queue_files(tmp_path / "some") == [], "nobody should write for simulated labelers"
     rows, metrics = run_stage(tmp_path / "all", prompts, 4, facts=facts, written=answers(prompts), labels=1)
     assert [(row.id, row.response, row.labeler) for row in rows] == [(row.id, "dear ann", "ann") for row in chosen]
     assert (metrics["by_people"], metrics["by_simulated"], metrics["flawed_share"]) == (4, 0, None)

@@ -14,8 +14,11 @@ import pytest
 
 from tasks.conversations import Conversation, single
 from tasks.datasets import PromptFacts, Ranking, RecordedRanking, Samples, Vote, prompt_id, read_rows, write_rows
+from tasks.labels.agreement import Agreement, measure
 from tasks.labels.checks import run_checks
 from tasks.labels.judgments import JudgedRanking
+from tasks.labels.label_file import append
+from tasks.labels.queue import queue_files
 from tasks.labels.simulated import demonstrate
 from tasks.lineage import load_stages
 from tasks.params import Params, load_params
@@ -345,6 +348,9 @@ def test_it_waits_until_people_have_ranked_and_goes_on(tmp_path: Path) -> None:
     with pytest.raises(WaitsForPeopleError, match="5 rankings by people are missing: 15 of 20 items are done"):
         run_stage(tmp_path / "some", SAMPLES[:20], params, judged=by("ann", SAMPLES[:15]))
     assert not (tmp_path / "some/data/collected/rankings").exists()
+    assert queue_files(tmp_path / "some")
+    run_stage(tmp_path / "some", SAMPLES[:20])
+    assert queue_files(tmp_path / "some") == [], "nobody should rank for simulated labelers"
     rows, metrics = run_stage(tmp_path / "all", SAMPLES[:20], params, judged=by("ann", SAMPLES[:25]))
     assert [(row.id, row.responses, row.ranks, row.labeler) for row in rows] == [
         (row.id, row.responses, [1, 2, 3, 4], "ann") for row in SAMPLES[:20]
@@ -446,3 +452,23 @@ def test_the_same_judgments_give_the_same_bytes(tmp_path: Path) -> None:
     outs = ("collected/rankings/rankings.jsonl", "reports/rank/metrics.json", "reports/rank/agreement.md")
     for out in outs:
         assert (tmp_path / "a/data" / out).read_bytes() == (tmp_path / "b/data" / out).read_bytes()
+
+
+def test_a_label_that_comes_while_it_runs_is_not_taken_for_one_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DVC hashes what a stage read when it has ended, and would never run it again for that label."""
+    some = SAMPLES[:20]
+    first, later = by("ann", some), by("ann", some[:1], (4, 3, 2, 1))
+
+    def measured(*arguments: Any) -> Agreement:
+        append(later[0], tmp_path / "data/labels/rankings.jsonl")
+        return measure(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.rank.measure", measured)
+        with pytest.raises(UserError, match=r"rankings\.jsonl changed while the stage read it"):
+            run_stage(tmp_path, some, with_people(shared_share=0.0), judged=first)
+    assert not (tmp_path / "data/collected/rankings").exists()
+    rows, _ = run_stage(tmp_path, some, with_people(shared_share=0.0), judged=first + later)
+    assert next(row.ranks for row in rows if row.id == some[0].id) == [4, 3, 2, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -353,7 +354,11 @@ def test_what_no_page_sends_is_refused(home: Path, clock: Clock) -> None:
     view = get(desk, "ann")
     with pytest.raises(RefusedError, match="one entry for each of the 4 outputs"):
         rank(desk, "ann", view, (1, 2))
-    for started, problem in (("soon", "is no time"), ("2999-01-01T00:00:00+00:00", "lies in the future")):
+    for started, problem in (
+        ("soon", "is no time"),
+        ("2026-11-23T00:00:00", "which time zone"),
+        ("2999-01-01T00:00:00+00:00", "lies in the future"),
+    ):
         with pytest.raises(RefusedError, match=problem):
             rank(desk, "ann", view | {"started_at": started})
     with pytest.raises(RefusedError, match="in no queue any more"):
@@ -460,3 +465,79 @@ def test_names_and_secrets(home: Path) -> None:
     assert secret_file(home / "secret") == secret
     assert len(secret) > 30
     assert (home / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_into_dvcs_cache_is_not_written_to(home: Path, clock: Clock) -> None:
+    open_queue(queue([ranking(number) for number in range(4)]), home)
+    desk = desk_of(home, clock)
+    rank(desk, "ann", get(desk, "ann"))
+    cached = home / "cached"
+    for link in (os.link, os.symlink):  # as `dvc add` does beside a page that is open, by its cache.type
+        (home / RANKINGS).rename(cached)
+        cached.chmod(0o444)
+        link(cached, home / RANKINGS)
+        before = cached.read_bytes()
+        rank(desk, "ann", get(desk, "ann"))
+        assert cached.read_bytes() == before
+        assert (home / RANKINGS).read_bytes().startswith(before)
+        cached.unlink()
+    assert len({row.item for row in judged(home)}) == 3
+
+
+def test_what_was_read_beside_damage_is_not_forgotten(home: Path, clock: Clock) -> None:
+    """Else items that have all their labels would be handed out again once the damage is mended."""
+    items = [ranking(number) for number in range(2)]
+    open_queue(queue(items), home)
+    elsewhere = home.with_name("elsewhere")
+    (elsewhere / GUIDELINES).parent.mkdir(parents=True)
+    (elsewhere / GUIDELINES).write_text("be kind\n")
+    open_queue(queue(items), elsewhere)
+    desk, other = desk_of(home, clock), desk_of(elsewhere, clock)
+    assert desk.progress("ann")["rank"]["missing"] == 2
+    rank(other, "bob", get(other, "bob"))
+    for row in judged(elsewhere):
+        append(row, home / RANKINGS)
+    broken = home / QUEUES / "demonstrate.json"
+    broken.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        desk.next("ann", "rank")
+    broken.unlink()
+    assert desk.progress("ann")["rank"]["missing"] == 1
+    assert get(desk, "ann")["item"] == items[1].item
+
+
+def test_an_import_while_an_item_is_open_does_not_move_its_outputs(home: Path, clock: Clock) -> None:
+    open_queue(queue([ranking(0)]), home)
+    desk = desk_of(home, clock)
+    view = get(desk, "ann")
+    shown = [output["text"] for output in view["outputs"]]
+    responses = shown[::-1]  # what Label Studio showed stood otherwise
+    ended = [not text.endswith("d") for text in responses]
+    imported = JudgedRanking(
+        item=view["item"],
+        prompt=view["prompt"],
+        labeler="ann",
+        guidelines=view["guidelines"],
+        started_at=view["started_at"],
+        ended_at=view["started_at"],
+        skipped=None,
+        responses=responses,
+        ended=ended,
+        order=[2, 0, 3, 1],
+        seed=5,
+        ranks=[4, 3, 2, 1],
+        flags=[[], [], [], ["broken"]],
+        ratings=[None, None, 6, 7],
+    )
+    append(imported, home / RANKINGS)
+    again = desk.again("ann", "rank", view["item"])
+    assert [output["text"] for output in again["outputs"]] == shown
+    said = again["said"]
+    assert (said["ranks"], said["flags"], said["ratings"]) == (
+        [1, 2, 3, 4],
+        [["broken"], [], [], []],
+        [7, 6, None, None],
+    )
+    rank(desk, "ann", view, (4, 3, 2, 1))
+    row = judged(home)[-1]
+    assert dict(zip(row.responses, row.ranks, strict=True)) == dict(zip(shown, (4, 3, 2, 1), strict=True))

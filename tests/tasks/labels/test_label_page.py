@@ -329,6 +329,8 @@ def test_what_keeps_it_from_starting_is_told(
     monkeypatch.delenv("RLHF_LABEL_TOKENS")
     monkeypatch.setenv("RLHF_LABEL_URL", "https://label.example/")
     assert "nobody has a token" in problem(), "something passes requests from elsewhere on"
+    monkeypatch.setenv("RLHF_LABEL_URL", "label.example")
+    assert "write it whole, as https://label.example" in problem(), "or nobody would ask for tokens"
 
 
 # ---- in a browser ----

@@ -18,6 +18,7 @@ from tasks.conversations import Conversation, single
 from tasks.datasets import read_rows
 from tasks.labels import __main__ as program
 from tasks.labels.judgments import DEMONSTRATIONS, RANKINGS, JudgedRanking, WrittenDemonstration, item_id
+from tasks.labels.label_file import append
 from tasks.labels.label_studio import NO_REASON, export, read_exports, save
 from tasks.labels.queue import Item, Job, Queue, open_queue
 from tasks.stage import UserError
@@ -239,6 +240,17 @@ def test_a_changed_annotation_holds_and_an_old_export_does_not_take_it_back(home
     found = read_exports([old], home, {"1": "ann"}, None)
     assert not found.new["rank"]
     assert "said something else later, which stands" in found.dropped[0]
+
+
+def test_what_is_later_does_not_hang_on_the_time_zone(home: Path) -> None:
+    new = exported(home, "rank", [annotation(places(3, 2, 1), updated_at="2026-11-23T11:00:00Z")])
+    (row,) = read_exports([new], home, {"1": "ann"}, None).new["rank"]
+    earlier = row.model_copy(
+        update={"started_at": "2026-11-23T11:59:00+02:00", "ended_at": "2026-11-23T12:00:00+02:00"}
+    )
+    (home / RANKINGS).parent.mkdir(parents=True)
+    append(earlier, home / RANKINGS)
+    assert read_exports([new], home, {"1": "ann"}, None).new["rank"] == [row]
     (row,) = read_rows(home / RANKINGS, JudgedRanking)
     assert [row.ranks[index] for index in row.order] == [3, 2, 1]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tasks.ancestry import Recorded, Store
 from tasks.conversations import single
@@ -24,6 +25,7 @@ from tasks.labels.provenance import (
     judged_rankings,
     main,
     provenance,
+    shown,
     written_demonstrations,
 )
 from tasks.lineage import hash_path
@@ -374,6 +376,14 @@ def test_what_is_shown(repository: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "+ uncommitted changes" in told
     assert hash_path(repository / JUDGED) in told
     assert "not to be had" not in told
+
+
+def test_a_name_is_no_markup() -> None:
+    count = Count("rank", "human", "[/b]", JUDGED, 1)
+    found = Provenance("policy/1", [], "data/models/policy", "0" * 32, "0" * 40, labels=[count])
+    console = Console(width=160, record=True)
+    shown(found, console)
+    assert "[/b]" in console.export_text()
 
 
 def recorded(store: Store, stage: str, labeler: str, outs: dict[str, str], deps: dict[str, str]) -> Recorded:
