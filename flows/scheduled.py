@@ -29,6 +29,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.variables import Variable
 from pydantic import Field
 from rich.console import Console
+from ruamel.yaml import YAML
 
 from flows import prune as pruning
 from flows import replay as replaying
@@ -39,6 +40,7 @@ from flows.rlhf import needed, rlhf
 from flows.waiting import Waiting, answers, jobs_of, may_suspend, resumed, suspend, waits_already
 from flows.workspace import BRANCHES, Workspace, name_of, open_workspace
 from tasks.datasets import flat
+from tasks.labels.queue import LABELS
 from tasks.lineage import load_stages, upstream
 from tasks.run import end_with_parent
 from tasks.stage import UserError
@@ -162,6 +164,9 @@ def tell_news(notification: str | None, workspace: Workspace, news: str, facts: 
 
 def run_stages(workspace: Workspace, targets: list[str] | None, elsewhere: Mapping[str, str]) -> State[Any]:
     """Everything, or `targets` and what they need; with as many of people's labels as there are."""
+    params = flat(YAML(typ="safe").load(Path("params.yaml")) or {})
+    if any(params.get(f"{job}.labeler") == "human" and params.get(f"{job}.human.fill_in") for job in LABELS):
+        workspace.take_labels()  # nobody will wait for them
     for stage in needed(load_stages(), targets):
         if stage in elsewhere:
             state = run_elsewhere(stage, elsewhere[stage], workspace)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from tasks.datasets import flat
@@ -85,13 +86,21 @@ class Workspace:
 
     def take_labels(self) -> int:
         """Judgments that people have made at home since: whole lines that the files here lack, put on the branch in
-        their order. Returns how many."""
+        their order. Returns how many. UserError where one is damaged: on the branch it would be mended by nobody."""
         self.fetch_within(["data/labels"])
         taken = 0
-        for file, _ in LABELS.values():
+        for file, row_type in LABELS.values():
             theirs, ours = home_of(self.repository) / file, self.path / file
             known = set(whole_lines(ours))
             if new := [line for line in whole_lines(theirs) if line not in known]:
+                for line in new:
+                    try:
+                        row_type.model_validate_json(line)
+                    except ValidationError as error:
+                        raise UserError(
+                            f"{theirs} has a damaged line: {error.errors()[0]['msg']}. Mend or remove it; it begins "
+                            f"with {line[:60].decode(errors='replace')!r}."
+                        ) from None
                 ours.parent.mkdir(parents=True, exist_ok=True)
                 with locked(ours) as end:
                     end.writelines(line + b"\n" for line in new)

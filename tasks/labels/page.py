@@ -267,7 +267,7 @@ def application(desk: Desk, door: Door, reach: Reach, home: Path, cookie: str, *
         problem = objection(request, reach)
         response = refused(*problem) if problem else await go_on(request)
         response.headers.update(HEADERS)
-        if request.url.path.startswith("/api/"):
+        if request.scope["path"].startswith("/api/"):
             response.headers["Cache-Control"] = "no-store"
         return response
 
@@ -303,7 +303,7 @@ class Reach:
 
 def objection(request: Request, reach: Reach) -> tuple[int, str] | None:
     """Why the request is not even looked at: it comes from another site, or is none that the page makes."""
-    host, path, headers = request.headers.get("host", ""), request.url.path, request.headers
+    host, path, headers = request.headers.get("host", ""), request.scope["path"], request.headers
     if not reach.knows(host):
         return 403, "The page is not served under this host name; RLHF_LABEL_URL says under which it is."
     if "origin" in headers and headers["origin"].partition("://")[2] not in {host, reach.public} - {""}:

@@ -49,7 +49,7 @@ def test_make_run_says_how_many_are_missing_and_goes_on(asking: Toy, capsys: pyt
     asking.label("ann")
     assert main([]) == 3
     out, err = capsys.readouterr()
-    assert "demonstrate waits for people:\n1 demonstrations by people are missing" in out
+    assert "demonstrate waits for people:\n1 demonstration by people is missing" in out
     assert "`make label`" in out
     for word in ("failed", "Traceback", "error"):
         assert word not in out
@@ -83,7 +83,7 @@ def test_called_from_python_it_ends_as_waiting_and_the_next_takes_what_people_di
     asking.label("ann")
     state = pipeline(return_state=True)
     assert (state.name, state.is_cancelled()) == (WAITS, True)
-    assert "1 demonstrations by people are missing: 0 of 1 items are done" in state.message, "ann's is taken"
+    assert "1 demonstration by people is missing: 0 of 1 items are done" in state.message, "ann's is taken"
     (_queue,) = asking.root.glob(f".rlhf/workspaces/*/{QUEUES}/demonstrate.json")
     asking.label("bo")
     again = pipeline(return_state=True)

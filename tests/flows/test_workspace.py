@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -11,8 +12,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.workspace import Workspace, absent_within, open_workspace
+from tasks.conversations import single
 from tasks.lineage import hash_path
 from tasks.stage import UserError
+from tests.judged import wrote
 from tests.tiny import shell, tiny_repo
 
 DVC_YAML = """
@@ -233,43 +236,53 @@ def test_an_unknown_parameter_is_told(repository: Path) -> None:
             workspace.set_params({"triple.times": 3})
 
 
+def line_of(number: int, response: str = "fine") -> str:
+    """A demonstration as the page appends it."""
+    return json.dumps(wrote(single(f"prompt {number}"), "ann", response).model_dump(), ensure_ascii=False) + "\n"
+
+
 def test_labels_that_people_gave_at_home_are_taken_once_whole_and_in_their_order(repository: Path) -> None:
-    file = repository / "data/labels/rankings.jsonl"
+    file = repository / "data/labels/demonstrations.jsonl"
     file.parent.mkdir()
-    file.write_text('{"item": 1}\n')
+    file.write_text(line_of(1))
     shell(repository, "git", "add", ".")
     shell(repository, "git", "commit", "--quiet", "-m", "Labels")
     separator = "\u2028"  # ends a line for Python's text, and not for JSON Lines
-    file.write_text(f'{{"item": 1}}\n{{"item": 2, "text": "{separator}"}}\n{{"item": 3}}\n{{"item": 4')
+    last = line_of(4)
+    file.write_text(line_of(1) + line_of(2, f"a{separator}b") + line_of(3) + last[:40])
     before = state(repository)
     with open_workspace("labels", repository=str(repository)) as workspace:
         assert workspace.take_labels() == 2
-        whole = file.read_bytes().removesuffix(b'{"item": 4')
-        assert (workspace.path / "data/labels/rankings.jsonl").read_bytes() == whole
+        whole = file.read_bytes().removesuffix(last[:40].encode())
+        assert (workspace.path / "data/labels/demonstrations.jsonl").read_bytes() == whole
         assert shell(workspace.path, "git", "status", "--porcelain") == ""
         assert shell(workspace.path, "git", "log", "-1", "--format=%s") == "Labels: 2 judgments\n"
         assert workspace.take_labels() == 0
         assert shell(workspace.path, "git", "log", "-1", "--format=%s") == "Labels: 2 judgments\n"
         with file.open("a") as end:
-            end.write("}\n")
+            end.write(last[40:] + "{}\n")
+        with pytest.raises(UserError, match=r"demonstrations\.jsonl has a damaged line: .* begins with '{}'"):
+            workspace.take_labels()
+        assert (workspace.path / "data/labels/demonstrations.jsonl").read_bytes() == whole
+        file.write_bytes(file.read_bytes().removesuffix(b"{}\n"))
         assert workspace.take_labels() == 1
     assert state(repository) == before
 
 
 def test_labels_in_dvc_are_taken_and_its_cache_stays_as_it_is(repository: Path) -> None:
-    file = repository / "data/labels/rankings.jsonl"
+    file = repository / "data/labels/demonstrations.jsonl"
     file.parent.mkdir()
-    file.write_text('{"item": 1}\n')
+    file.write_text(line_of(1))
     shell(repository, "dvc", "add", "--quiet", str(file))
     shell(repository, "git", "add", ".")
     shell(repository, "git", "commit", "--quiet", "-m", "Labels")
     shell(repository, "dvc", "push", "--quiet")
     md5 = hash_path(file)
     file.unlink()  # it may be a link into the cache
-    file.write_text('{"item": 1}\n{"item": 2}\n')
+    file.write_text(line_of(1) + line_of(2))
     with open_workspace("labels", repository=str(repository)) as workspace:
         assert workspace.take_labels() == 1
-        assert hash_path(workspace.path / "data/labels/rankings.jsonl") == hash_path(file)
-        assert hash_path(file) in shell(workspace.path, "git", "show", "HEAD:data/labels/rankings.jsonl.dvc")
-        assert shell(workspace.path, "dvc", "status", "--json", "data/labels/rankings.jsonl.dvc") == "{}\n"
-    assert (repository / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}").read_text() == '{"item": 1}\n'
+        assert hash_path(workspace.path / "data/labels/demonstrations.jsonl") == hash_path(file)
+        assert hash_path(file) in shell(workspace.path, "git", "show", "HEAD:data/labels/demonstrations.jsonl.dvc")
+        assert shell(workspace.path, "dvc", "status", "--json", "data/labels/demonstrations.jsonl.dvc") == "{}\n"
+    assert (repository / f".dvc/cache/files/md5/{md5[:2]}/{md5[2:]}").read_text() == line_of(1)
