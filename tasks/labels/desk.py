@@ -80,6 +80,11 @@ class Labels:
 
     def __init__(self, path: Path, row_type: type[Judgment]) -> None:
         self.path, self.row_type = path, row_type
+        if not path.exists():
+            print(
+                f"note: {path} was not there; it begins empty. `git checkout` brings back what was committed",
+                file=sys.stderr,
+            )
         recorded(path, row_type)  # it is there, whole, and can be written
         self.file = (0, 0)  # device and inode
         self.size = self.lines = 0  # that were read
@@ -88,7 +93,14 @@ class Labels:
 
     def refresh(self) -> set[str]:
         """Read what is new; the items that it is about."""
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} is gone. Bring it back, as with `git checkout`, or start the page anew; until then "
+                "nothing is handed out or saved."
+            ) from None
+        with file:
             stat = os.fstat(file.fileno())
             changed = set[str]()
             if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.size:  # another file stands there
