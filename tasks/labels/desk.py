@@ -80,11 +80,6 @@ class Labels:
 
     def __init__(self, path: Path, row_type: type[Judgment]) -> None:
         self.path, self.row_type = path, row_type
-        if not path.exists():
-            print(
-                f"note: {path} was not there; it begins empty. `git checkout` brings back what was committed",
-                file=sys.stderr,
-            )
         recorded(path, row_type)  # it is there, whole, and can be written
         self.file = (0, 0)  # device and inode
         self.size = self.lines = 0  # that were read
