@@ -131,7 +131,7 @@ class Arena:
     def __init__(self, contestants: Sequence[Contestant], path: Path, max_new_tokens: int, temperature: float) -> None:
         self.contestants, self.path = contestants, path
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.votes = recorded(path, Vote)
+        self.votes = recorded(path, Vote, "Name another file with --file.")
         prompts = [row.prompt for row in read_rows(PROMPTS, Prompt)] if PROMPTS.exists() else []
         self.prompts = {words_of(text_of(prompt)): prompt for prompt in prompts}
 

@@ -54,6 +54,11 @@ class Stage:
             raise AssertionError(f"stage {self.spec.name} reads {path}, which dvc.yaml does not declare as its dep")
         full = self.root / path
         if not full.exists():
+            if path.startswith("data/labels/"):  # people's, which git keeps and nothing makes anew
+                raise UserError(
+                    f"{path} is missing: the stage `{self.spec.name}` reads it.\n"
+                    f"`git checkout {path}` brings it back as it was committed; `touch {path}` begins with no labels."
+                )
             raise UserError(
                 f"{path} is missing: the stage `{self.spec.name}` reads it.\n"
                 f"Run `dvc repro {self.spec.name}` to make everything that it needs, or `dvc pull {path}` to fetch it."

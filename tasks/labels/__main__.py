@@ -18,7 +18,7 @@ from rich.table import Table
 from tasks.datasets import read_rows
 from tasks.labels.judgments import labeler_name
 from tasks.labels.label_studio import export, read_exports, save
-from tasks.labels.queue import LABELS, progress, queue_files, read_queue
+from tasks.labels.queue import LABELS, done_by_all, progress, queue_files, read_queue, somebody_else
 from tasks.stage import UserError
 
 HOME = Path()
@@ -27,17 +27,24 @@ SHOWN = 20  # lines on what was dropped
 WHO = "Label Studio's number or address and the name here"
 
 
-def status() -> Table:
+def status() -> tuple[Table, list[str]]:
+    """(how far each queue is, what to do about it)"""
+    hints = []
     table = Table(title="labels by people", title_justify="left")
     for column in ("job", "items", "done", "labels", "missing", "skipped", "set aside", "queue"):
         table.add_column(column, justify="left" if column in ("job", "queue") else "right")
     for file in _queue_files():
         queue = read_queue(file)
         path, row_type = LABELS[queue.job]
-        told = progress(queue, read_rows(path, row_type, may_be_empty=True) if path.exists() else [])
+        judgments = read_rows(path, row_type, may_be_empty=True) if path.exists() else []
+        told = progress(queue, judgments)
         figures = (told.items, told.done, told.judgments, told.missing, told.skipped, told.set_aside)
         table.add_row(queue.job, *map(str, figures), str(file))
-    return table
+        if not told.missing:
+            hints.append(f"{queue.job}: nothing is missing; `make run` goes on, or a run that is suspended by itself.")
+        elif by := done_by_all(queue, judgments):
+            hints.append(f"{queue.job}: {somebody_else(queue.job, by)}")
+    return table, hints
 
 
 def _queue_files() -> list[Path]:
@@ -124,10 +131,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "status":
-            Console(width=None if sys.stdout.isatty() else 160).print(status())
+            table, hints = status()
+            Console(width=None if sys.stdout.isatty() else 160).print(table)
+            print("\n".join(hints), end="\n" * bool(hints))
         elif arguments.command == "export":
             _queue_files()
-            for job, count in export(HOME, arguments.to, [arguments.job] if arguments.job else list(LABELS)).items():
+            try:
+                counts = export(HOME, arguments.to, [arguments.job] if arguments.job else list(LABELS))
+            except OSError as error:
+                raise UserError(f"--to {arguments.to}: {error.strerror}: {error.filename}.") from None
+            for job, count in counts.items():
                 place = arguments.to / job
                 print(f"{job}: {count} tasks, {place}.json and {place}.xml" if count else f"{job}: nothing is missing")
         else:

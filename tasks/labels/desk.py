@@ -90,7 +90,14 @@ class Labels:
 
     def refresh(self) -> None:
         """Read what is new."""
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.path} is gone. Bring it back, as with `git checkout`, or start the page anew; until then "
+                "nothing is handed out or saved."
+            ) from None
+        with file:
             stat = os.fstat(file.fileno())
             if (stat.st_dev, stat.st_ino) != self.file or stat.st_size < self.size:  # another file stands there
                 self.changed |= set(self.by_item)

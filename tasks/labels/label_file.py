@@ -32,14 +32,15 @@ def append_all(rows: Sequence[Row], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def recorded(path: Path, row_type: type[AnyRow]) -> list[AnyRow]:
-    """All rows so far; a file that is not there yet is made. UserError where it is damaged or cannot be written."""
+def recorded(path: Path, row_type: type[AnyRow], otherwise: str = "") -> list[AnyRow]:
+    """All rows so far; a file that is not there yet is made. UserError where it is damaged or cannot be written, which
+    says what to do `otherwise`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path) as file:
             mend(file, row_type)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}. Name another file with --file.") from error
+        raise UserError(f"{path} cannot be written: {error.strerror}. {otherwise}".rstrip()) from error
     return read_rows(path, row_type, may_be_empty=True)
 
 

@@ -91,7 +91,7 @@
     door ||= new Promise((done) => {
       const fragment = new URLSearchParams(location.hash.slice(1)).get("token");
       if (fragment) history.replaceState(null, "", location.pathname);
-      const name = el("input", {id: "name", autocomplete: "username", maxlength: 40, required: true});
+      const name = el("input", {id: "name", autocomplete: "username", maxlength: 100, required: true});
       const token = el("input", {id: "token", type: "password", autocomplete: "current-password", required: true});
       name.value = me || "";
       token.value = fragment || "";
@@ -158,7 +158,8 @@
 
   async function progress() {
     const {jobs} = await api("queues");
-    if (!jobs[job] && Object.keys(jobs).length) job = Object.keys(jobs)[0];
+    const names = Object.keys(jobs);
+    if (!jobs[job] && names.length) job = names.find((name) => jobs[name].missing) || names[0];
     parts.jobs.replaceChildren(...Object.entries(jobs).map(([name, one]) => button(
       `${JOBS[name]} (${one.missing})`, () => change(name),
       {id: `job-${name}`, "aria-pressed": String(name === job), title: `${one.missing} labels are missing`})));
@@ -170,6 +171,7 @@
         `${plural(one.missing, "label", "labels")} missing` : "";
     parts.bar.max = one ? Math.max(1, one.items) : 1;
     parts.bar.value = one ? one.done : 0;
+    return names.filter((name) => name !== job && jobs[name].missing);
   }
 
   async function guidelines() {
@@ -221,7 +223,7 @@
 
   async function next(message = "") {
     clearTimeout(lookAgain);
-    await Promise.all([progress(), guidelines()]);
+    const [others] = await Promise.all([progress(), guidelines()]);
     const found = await api("next", {job: job || "rank"});
     behind = -1;
     if (!found.item) {
@@ -230,6 +232,7 @@
       parts.work.dataset.idle = "yes";
       if (message || !waiting) told(message);
       parts.work.replaceChildren(el("p", {id: "nothing"}, found.why),
+        others.length ? el("p", {id: "others"}, `Elsewhere labels are missing: ${others.map((name) => JOBS[name]).join(", ")}, above.`) : "",
         button("Back", back, {id: "back", disabled: !job}));
       lookAgain = setTimeout(again, LOOK_AGAIN);
       return;

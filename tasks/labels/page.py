@@ -401,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
         "RLHF_LABEL_URL is the address under which labelers reach the page, where it is not this machine's.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to other machines, which needs tokens")
-    parser.add_argument("--port", type=int, default=urlsplit(PAGE).port)
+    parser.add_argument("--port", type=int, default=urlsplit(PAGE).port, help="%(default)s where nothing is said")
     parser.add_argument(
         "--hold-minutes",
         type=float,
@@ -446,7 +446,8 @@ def run(home: Path, host: str, port: int, hold: float) -> None:
                 "`make run` opens one; the page shows it by itself.",
                 file=sys.stderr,
             )
-        count_tokens(home, "")  # loads the tokenizer, which takes seconds, before anybody waits for it
+        if count_tokens(home, "") is None:  # loads the tokenizer, which takes seconds, before anybody waits for it
+            import tasks.models  # noqa: F401, most of these seconds; a run in a workspace may bring its tokenizer later
         door, reach, cookie = Door(tokens, anyones), reach_of(host, url), f"label_{port}"
         app = application(desk, door, reach, home, cookie, https=url.startswith("https:"))
         add_page(app)

@@ -128,7 +128,25 @@ def require_labels(queue: Queue, judgments: Sequence[Judgment]) -> None:
     """Open the queue's page to people for as long as labels are missing: WaitsForPeopleError says how many."""
     told = progress(queue, judgments)
     if told.missing:
-        raise WaitsForPeopleError(waiting_text(queue.job, told), missing=told.missing)
+        by = done_by_all(queue, judgments)
+        text = waiting_text(queue.job, told) + (f"\n{somebody_else(queue.job, by)}" if by else "")
+        raise WaitsForPeopleError(text, missing=told.missing)
+
+
+def done_by_all(queue: Queue, judgments: Iterable[Judgment]) -> list[str]:
+    """The labelers, where each of them has labelled or skipped all that is missing: none of them can go on."""
+    wanted = still_wanted(queue, judgments := list(judgments))
+    here = {(row.labeler, row.item) for row in standing(judgments, queue.leave_out) if row.item in wanted}
+    labelers = sorted({labeler for labeler, _ in here})
+    open_items = [item for item, count in wanted.items() if count]
+    return labelers if all((one, item) in here for one in labelers for item in open_items) else []
+
+
+def somebody_else(job: Job, by: Sequence[str]) -> str:
+    return (
+        f"What is missing needs somebody else: {', '.join(by)} labelled or skipped it already. {job}.human in "
+        "params.yaml says by how many people (labels, shared_share, shared_labels)."
+    )
 
 
 def waiting_text(job: Job, told: Progress) -> str:

@@ -33,7 +33,9 @@ def read_tokens(home: Path, environment: Mapping[str, str] = os.environ) -> dict
     tokens: dict[str, str] = {}
     path = home / TOKEN_FILE
     if environment.get(TOKENS, "").strip():
-        lines = [(TOKENS, entry) for entry in environment[TOKENS].split(",")]
+        lines = [
+            (f"{TOKENS}, entry {number}", entry) for number, entry in enumerate(environment[TOKENS].split(","), start=1)
+        ]
     elif path.exists():
         if path.stat().st_mode & 0o077:
             print(f"warning: others on this machine can read {path}; `chmod 600 {path}` ends that", file=sys.stderr)

@@ -178,7 +178,7 @@ def test_a_damaged_line_and_a_file_that_cannot_be_written_are_told(tmp_path: Pat
     with pytest.raises(UserError, match=r"arena\.jsonl, line 1: "):
         recorded(path, Vote)
     with pytest.raises(UserError, match=r"arena\.jsonl/votes\.jsonl cannot be written: .*--file"):
-        recorded(path / "votes.jsonl", Vote)
+        recorded(path / "votes.jsonl", Vote, "Name another file with --file.")
 
 
 def test_the_tally_by_hand() -> None:

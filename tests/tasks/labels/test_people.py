@@ -140,6 +140,19 @@ def test_people_are_asked_and_waited_for(tmp_path: Path, capsys: pytest.CaptureF
     assert "rank: 3 judgments by 1 person on 3 items\n" in capsys.readouterr().out
 
 
+def test_it_says_when_nobody_of_those_who_label_can_go_on(tmp_path: Path) -> None:
+    samples = [sample(number) for number in range(2)]
+    params = params_with(labels=2)
+    rows = [ranked(row, "ann", [1, 2, 3]) for row in samples]
+    for more, stuck in ([], "ann"), ([ranked(samples[0], "bo", [1, 2, 3])], ""), ([ranked(samples[1], "bo", None)], ""):
+        with pytest.raises(WaitsForPeopleError) as raised:
+            ask_people(queue_of(samples, params), [*rows, *more], params.rank.human, tmp_path)
+        assert ("somebody else: ann labelled" in str(raised.value)) == bool(stuck)
+    rows += [ranked(samples[0], "bo", [1, 2, 3]), ranked(samples[1], "bo", None)]
+    with pytest.raises(WaitsForPeopleError, match="needs somebody else: ann, bo labelled or skipped it already"):
+        ask_people(queue_of(samples, params), rows, params.rank.human, tmp_path)
+
+
 def test_with_fill_in_nobody_waits_and_the_queue_is_open_all_the_same(tmp_path: Path) -> None:
     params = params_with(fill_in=True)
     nothing: list[JudgedRanking] = []
