@@ -142,7 +142,8 @@ def by_people(stage: Stage) -> Collected:
         raise UserError(
             f"there is no demonstration to train on: people answered none of the {len(queue.items)} prompts in a way "
             f"that fits ({joined.counts['skipped']} skips, {too_long} too long), and simulated labelers can answer "
-            "support tickets alone. Have people label more (`make label`), or see demonstrate.human in params.yaml."
+            "support tickets alone. Have people label more (`make label`; raise demonstrate.human.set_aside_after in "
+            "params.yaml where what they skipped should be handed out again)."
         )
     return Collected(demonstrations, flaws, without_ticket, joined.counts | {"too_long": too_long}, effort(joined))
 

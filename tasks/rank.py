@@ -139,8 +139,8 @@ def by_people(stage: Stage) -> Collected:
         raise UserError(
             f"there is no ranking to train on. Of {len(samples)} prompts people ranked the outputs of none "
             f"({joined.counts['skipped']} skips), held-out labelers aside ({len(apart)} rankings), and simulated "
-            "labelers can rank answers to support tickets alone. Have people rank more (`make label`), or see "
-            "rank.human in params.yaml."
+            "labelers can rank answers to support tickets alone. Have people rank more (`make label`; raise "
+            "rank.human.set_aside_after in params.yaml where what they skipped should be handed out again)."
         )
     agreed = measure(joined, params.seed)
     figures = {

@@ -239,7 +239,11 @@ def test_times_say_their_zone(time: str) -> None:
 def test_nobody_is_asked_once_the_labels_come_from_elsewhere(tmp_path: Path, name: Job) -> None:
     for job in ("demonstrate", "rank"):
         open_queue(Queue(job=job, seed=1, max_tokens=None, leave_out=[], set_aside_after=2, items=[]), tmp_path)
-    stage = Stage(load_stages()[name], load_params(Path("params.yaml")), Mock(), root=tmp_path)
+    params = load_params(Path("params.yaml"))
+    simulated = {
+        job: getattr(params, job).model_copy(update={"labeler": "simulated"}) for job in ("demonstrate", "rank")
+    }
+    stage = Stage(load_stages()[name], params.model_copy(update=simulated), Mock(), root=tmp_path)
     with pytest.raises(UserError, match="is missing"):  # the labeler is simulated, and has nothing to work on
         import_module(f"tasks.{name}").run(stage)
     assert [file.stem for file in queue_files(tmp_path)] == [{"demonstrate": "rank", "rank": "demonstrate"}[name]]
