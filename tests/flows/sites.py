@@ -101,6 +101,10 @@ class Site:
     def logs(self) -> str:
         return "\n".join(log.read_text()[-4000:] for log in self.root.parent.glob("*.log"))
 
+    def said(self, text: str) -> int:
+        """How often, in all that the servers and workers have printed."""
+        return sum(log.read_text().count(text) for log in self.root.parent.glob("*.log"))
+
     def starts(self, stage: str, run: str) -> int:
         log = self.root / ".rlhf/workspaces" / run / f"log-{stage}.txt"
         return log.read_text().count("start") if log.exists() else 0

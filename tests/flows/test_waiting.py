@@ -163,7 +163,7 @@ def test_resumed_by_hand_it_looks_again_and_simulated_labelers_may_fill_in(site:
             site.logs()
         )
         assert "that are missing: 1.**" in artifacts(site, run)[-1]
-        assert site.logs().count("the notification block `custom-webhook/nobody` did not work") == 1, "told once"
+        assert site.said("the notification block `custom-webhook/nobody` did not work") == 1, "told once"
         resume(site, run, {"fill_in": True})
         assert site.ended(run)["type"] == "COMPLETED", site.logs()
     assert "fill_in: true" in shell(site.root, "git", "show", f"runs/{run}:params.yaml")
