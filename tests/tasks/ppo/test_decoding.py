@@ -92,7 +92,8 @@ class TestPacked:
         torch.manual_seed(0)
         linear = nn.Linear(576, 192, bias=bias).requires_grad_(False)
         states = torch.randn(rows, 576)
-        assert_close(decoding._packed(linear, rows)(states), linear(states), rtol=0, atol=1e-6)
+        # MKL sums the 576 products in another order; how much that is depends on the processor
+        assert_close(decoding._packed(linear, rows)(states), linear(states), rtol=0, atol=5e-6)
         # and of another number of rows than it was packed for
         assert torch.equal(decoding._packed(linear, rows)(states[:1]), linear(states[:1]))
 
@@ -105,7 +106,7 @@ class TestPacked:
         decoding._packed(linear, 3)
         assert decoding._PACKED[linear] is first
         linear.weight.mul_(2)
-        assert torch.equal(decoding._packed(linear, 3)(states), linear(states))
+        assert_close(decoding._packed(linear, 3)(states), linear(states), rtol=0, atol=1e-6)
         assert decoding._PACKED[linear] is not first
 
     def test_a_trained_weight_is_not_packed(self) -> None:
