@@ -193,13 +193,6 @@ def read_rows(path: Path, row_type: type[AnyRow], *, may_be_empty: bool = False)
     return rows
 
 
-def tell_unused(path: Path, row_type: type[Row], stage: str) -> None:
-    """People's labels that are there, and that a stage with simulated labelers does not take."""
-    if count := len(read_rows(path, row_type, may_be_empty=True)):
-        kind = path.parent.name
-        print(f"{stage}: {count} {kind} came with the data and are not used, for {stage}.labeler is simulated")
-
-
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write JSON Lines; the parent folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,6 @@ from tasks.datasets import (
     prompt_id,
     read_rows,
     stable_share,
-    tell_unused,
     write_json,
     write_rows,
 )
@@ -105,7 +104,7 @@ def by_simulated_labelers(stage: Stage) -> Collected:
         )
     chosen = choose_prompts(known, params.demonstrate.prompts, params.seed)
     demonstrations, flaws = simulated(chosen, tickets, params)
-    tell_unused(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, "demonstrate")
+    tell_unused_recorded(stage)
     tell_unused_judgments(stage)
     return Collected(demonstrations, flaws, len(prompts) - len(known), {}, {})
 
@@ -122,8 +121,7 @@ def by_people(stage: Stage) -> Collected:
     queue = queue_of(choose_prompts(prompts, params.demonstrate.prompts, params.seed), params)
     written = read_rows(stage.dep("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
     joined = ask_people(queue, written, params.demonstrate.human, stage.root)
-    brought = read_rows(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, may_be_empty=True)
-    tell_not_used(len(brought), "demonstrations came with the data and", "demonstrate", "human")
+    tell_unused_recorded(stage)
     demonstrations, too_long = that_fit(joined, queue, stage)
     flaws: dict[str, list[str]] = {}
     without_ticket = 0
@@ -242,6 +240,12 @@ def choose_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Pro
 def tickets_of(stage: Stage) -> dict[str, Ticket]:
     facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
     return {row.id: row.ticket for row in facts if row.ticket}
+
+
+def tell_unused_recorded(stage: Stage) -> None:
+    rows = read_rows(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, may_be_empty=True)
+    labeler = stage.params.demonstrate.labeler
+    tell_not_used(len(rows), "demonstrations came with the data and", "demonstrate", labeler)
 
 
 def tell_unused_judgments(stage: Stage) -> None:

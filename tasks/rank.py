@@ -27,7 +27,6 @@ from tasks.datasets import (
     Vote,
     read_rows,
     stable_share,
-    tell_unused,
     write_json,
     write_rows,
 )
@@ -116,8 +115,7 @@ def by_people(stage: Stage) -> Collected:
     judged = read_rows(stage.dep("data/labels/rankings.jsonl"), JudgedRanking, may_be_empty=True)
     queue = queue_of(samples, params)
     joined = ask_people(queue, judged, params.rank.human, stage.root)
-    brought = read_rows(stage.dep("data/prepared/rankings/reward.jsonl"), RecordedRanking, may_be_empty=True)
-    tell_not_used(len(brought), "rankings came with the data and", "rank", "human")
+    tell_unused_recorded(stage)
     held_out = by_share(params)
     rankings, apart = rankings_of(joined, params.rank.human, held_out)
     filled_in: list[Ranking] = []
@@ -233,7 +231,7 @@ def by_simulated_labelers(stage: Stage) -> Collected:
     marks = marks_of(known, tickets)
     rankings = simulated(known, marks, params)
     opinions = {row.id: mean_utilities(row, marks[row.id], params.labelers) for row in known}
-    tell_unused(stage.dep("data/prepared/rankings/reward.jsonl"), RecordedRanking, "rank")
+    tell_unused_recorded(stage)
     tell_unused_judgments(stage)
     figures = {
         "labelers_agreement": agreement(rankings, second_opinions(known, marks, params.labelers, params.seed))
@@ -274,6 +272,11 @@ def tickets_of(stage: Stage) -> dict[str, Ticket]:
     """By the prompt's id."""
     facts = read_rows(stage.dep("data/prepared/facts.jsonl"), PromptFacts)
     return {row.id: row.ticket for row in facts if row.ticket}
+
+
+def tell_unused_recorded(stage: Stage) -> None:
+    rows = read_rows(stage.dep("data/prepared/rankings/reward.jsonl"), RecordedRanking, may_be_empty=True)
+    tell_not_used(len(rows), "rankings came with the data and", "rank", stage.params.rank.labeler)
 
 
 def tell_unused_judgments(stage: Stage) -> None:
