@@ -19,6 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHROMIUM = Path("/usr/bin/chromium")  # Debian's; playwright's own would have to be downloaded
+LONGEST_ID = 40  # characters
 LONGEST_FIRST = ("pipeline", "flows", "ppo")  # folders
 
 
@@ -31,6 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Ids are short words, the same in every process: two workers refuse to run where they collected different tests.
+
+    What pytest would spell out of bytes or of a long text is named by its parameter; pytest numbers those that are
+    alike.
+    """
+    wordy = isinstance(val, str) and (len(val) > LONGEST_ID or not val.isprintable())
+    return argname if wordy or isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="module")  # not longer: while it is open, no other test could run an event loop

@@ -17,7 +17,7 @@ from tasks.stage import UserError
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SOURCE = Source(kind="prompts", hub="tiny/pairs", revision=COMMIT, split="train")
 LINES = b"".join(json.dumps({"prompt": f"Is it {i}?"}).encode() + b"\n" for i in range(2000))
-GZ = gzip.compress(LINES)
+GZ = gzip.compress(LINES, mtime=0)
 
 
 @pytest.fixture

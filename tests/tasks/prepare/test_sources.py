@@ -51,6 +51,10 @@ def file(tmp_path: Path) -> Callable[[str, bytes], Path]:
 File = Callable[[str, bytes], Path]
 
 
+def gz(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # else the bytes carry the second
+
+
 def zst(content: bytes) -> bytes:
     packed: bytes = pa.compress(content, codec="zstd", asbytes=True)
     return packed
@@ -72,13 +76,13 @@ def csv_of(rows: list[dict[str, Any]]) -> bytes:
         ("a.jsonl", LINES),
         ("a.ndjson", LINES.replace(b"\n", b"\r\n")),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.rstrip()),
-        ("a.JSONL.GZ", gzip.compress(LINES)),
-        ("a.jsonl.gz", gzip.compress(LINES[:50]) + gzip.compress(LINES[50:])),
+        ("a.JSONL.GZ", gz(LINES)),
+        ("a.jsonl.gz", gz(LINES[:50]) + gz(LINES[50:])),
         ("a.jsonl.zst", zst(LINES)),
         ("a.json", LINES),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=2, ensure_ascii=False).encode() + b"\n"),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.json.gz", gz(json.dumps(ROWS).encode())),
         ("a.parquet", parquet(ROWS)),
     ],
 )
@@ -187,7 +191,7 @@ def test_bad_utf_8_in_parquet_is_one_row_s_damage(file: File) -> None:
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:8be3\nsize 875191\n"
-GZ = gzip.compress(LINES * 1000)
+GZ = gz(LINES * 1000)
 ARRAY = json.dumps(ROWS).encode()
 
 
@@ -223,7 +227,7 @@ ARRAY = json.dumps(ROWS).encode()
         ("a.parquet", parquet(ROWS)[:-20], "cut off or damaged"),
         ("a.parquet", b"PAR1", "cut off or damaged"),
         ("a.jsonl", b"", "is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gz(b""), "is empty"),
         ("a.jsonl", b"\n \n", "holds no rows"),
         ("a.json", b"[ ]", "holds no rows"),
         ("a.csv", b"prompt,response\n", "holds no rows"),
