@@ -1,8 +1,8 @@
 # What can be done here; `make` alone lists it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# so that `python` and `dvc` in dvc.yaml's commands are those of .venv
-IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+# so that `python` and `dvc` in dvc.yaml's commands are those of .venv; text is UTF-8 in whatever locale
+IN_VENV := PYTHONUTF8=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: help run test check format ui serve stack-local promote rollback replay compare chat arena label bench clean
 

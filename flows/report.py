@@ -100,7 +100,7 @@ def figure_of(spec: StageSpec, root: Path = Path()) -> str:
     `gold.gain or score.gain`: the first that there is.
     """
     files = [root / out for out in spec.outs if out.endswith(".json")]
-    reports = [json.loads(file.read_text()) for file in files if file.exists()]
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     for key in spec.meta.get("figure", "").split(" or "):
         for report in reports:
             value = _at(report, key.split("."))
@@ -144,7 +144,7 @@ def publish(report: Report, record: str) -> None:
 
 def evaluation() -> str:
     """The main figures with their intervals, and some prompts answered by each model, as Markdown."""
-    figures = json.loads(METRICS.read_text())
+    figures = json.loads(METRICS.read_text(encoding="utf-8"))
     rows = ["| | base | SFT | policy | gain of the policy |", "|---|---|---|---|---|"]
     for name in ("gold", "score", "fluency"):
         if name in figures:
@@ -158,10 +158,10 @@ def evaluation() -> str:
         "KL from SFT, nats": "kl",
     }
     if all(file.exists() for file in LABELS.values()):
-        labels = whose_labels({stage: json.loads(file.read_text()) for stage, file in LABELS.items()})
+        labels = whose_labels({stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in LABELS.items()})
         rows += ["", f"Labels: {labels}."]
     rows += ["", *(f"- {told}: {_interval(figures, key)}" for told, key in more.items() if key in figures), ""]
-    samples = [json.loads(line) for line in SAMPLES.read_text().splitlines()[:SHOWN]]
+    samples = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()[:SHOWN]]
     for sample in samples:
         rows.append(f"**{quoted(sample['prompt'])}**\n")
         for model in ("base", "sft", "policy"):
@@ -199,7 +199,7 @@ def print_report(report: Report, console: Console) -> None:
     if any(row.status == "waits" for row in report):
         return
     if SAMPLES.exists():
-        console.print(_answers(json.loads(SAMPLES.read_text().splitlines()[0])))
+        console.print(_answers(json.loads(SAMPLES.read_text(encoding="utf-8").splitlines()[0])))
     console.print(_NEXT, soft_wrap=True)
     if urls := [row.url for row in report if row.url]:
         console.print(f"  all runs, to compare: {runs_url(urls[0])}", soft_wrap=True)

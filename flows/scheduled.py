@@ -229,13 +229,13 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
         workspace.publish()
     figures: dict[str, Any] = {}
     for file in sorted(Path("data/reports").glob("*/metrics.json")):
-        figures |= flat(json.loads(file.read_text()))
+        figures |= flat(json.loads(file.read_text(encoding="utf-8")))
     return {"run": workspace.id, "branch": workspace.branch, "commit": commit, "figures": figures}
 
 
 def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
     """What became of the policy that this run registered, once a person was asked where that is due."""
-    told = json.loads(REGISTERED.read_text())
+    told = json.loads(REGISTERED.read_text(encoding="utf-8"))
     policy, verdict = f"policy/{told['policy']['version']}", str(told["champion"])
     if verdict == "waits for approval":
         verdict = ask_for_approval(told["policy"]["version"], approval_hours, workspace)

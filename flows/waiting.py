@@ -92,7 +92,7 @@ def suspend(workspace: Workspace, jobs: list[Job], days: float) -> None:
     text = in_markdown(lacking(workspace.path, home_of(workspace.repository), jobs))
     create_markdown_artifact(text, key=ARTIFACT, description=TITLE)
     waiting = Waiting(jobs=jobs, form=uuid.uuid4().hex, until=time.time() + days * 86400)
-    (workspace.path / MARK).write_text(waiting.model_dump_json())
+    (workspace.path / MARK).write_text(waiting.model_dump_json(), encoding="utf-8")
     suspend_flow_run(
         wait_for_input=Resume.with_initial_data(description=text),
         key=waiting.form,  # never used before, else Prefect would take it for a suspension that is over
@@ -105,7 +105,7 @@ def resumed(workspace: Workspace) -> Waiting | None:
     mark = workspace.path / MARK
     if not mark.exists():
         return None
-    waiting = Waiting.model_validate_json(mark.read_text())
+    waiting = Waiting.model_validate_json(mark.read_text(encoding="utf-8"))
     mark.unlink()
     return waiting
 
@@ -124,7 +124,7 @@ def jobs_of(report: Report) -> list[Job]:
 def waits_until(workspace: Path) -> float:
     """When nobody will wait for the labels of this run any more; 0 where nobody does."""
     with suppress(FileNotFoundError):
-        return Waiting.model_validate_json((workspace / MARK).read_text()).until
+        return Waiting.model_validate_json((workspace / MARK).read_text(encoding="utf-8")).until
     return 0.0
 
 
@@ -177,7 +177,7 @@ def resume_those_with_labels(home: Path) -> list[str]:
 
 def look_at(run: FlowRun, workspace: Path, home: Path, client: SyncPrefectClient) -> bool:
     """Whether the run goes on."""
-    waiting = Waiting.model_validate_json((workspace / MARK).read_text())
+    waiting = Waiting.model_validate_json((workspace / MARK).read_text(encoding="utf-8"))
     if run.state is None or run.state.is_final():  # cancelled, or given up: nobody should label for it any more
         for job in waiting.jobs:
             (workspace / QUEUES / f"{job}.json").unlink(missing_ok=True)

@@ -194,7 +194,7 @@ def promoted(version: ModelVersion) -> str:
 
 def whoami() -> str:
     """As git knows the person, else the account."""
-    done = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "config", "user.name"], capture_output=True, encoding="utf-8", check=False)
     return done.stdout.strip() or getpass.getuser()
 
 

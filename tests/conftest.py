@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHROMIUM = Path("/usr/bin/chromium")  # Debian's; playwright's own would have to be downloaded
-LONGEST_ID = 40  # characters
+LONGEST_ID = 24  # characters of one value
 LONGEST_FIRST = ("pipeline", "flows", "ppo")  # folders
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the files (`make test`): those that take longest come first."""
+    """Two workers share the files (`make test`): those that take longest come first.
+
+    RLHF_TEST_ORDER=7: files, and the tests of each, in another order, one for each number. No test may mind.
+    """
+    if seed := os.environ.get("RLHF_TEST_ORDER"):
+        random.Random(seed).shuffle(items)
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: files.index(item.path))
+        return
 
     def place(item: pytest.Item) -> int:
         folder = item.path.parent.name
@@ -37,11 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Ids are short words, the same in every process: two workers refuse to run where they collected different tests.
 
-    What pytest would spell out of bytes or of a long text is named by its parameter; pytest numbers those that are
-    alike.
+    What pytest would spell out of bytes, of a long text or of a function without a name is named by its parameter;
+    pytest numbers those that are alike.
     """
-    wordy = isinstance(val, str) and (len(val) > LONGEST_ID or not val.isprintable())
-    return argname if wordy or isinstance(val, bytes) else None
+    wordy = isinstance(val, str) and (len(val) > LONGEST_ID or not (val.isascii() and val.isprintable()))
+    return argname if wordy or isinstance(val, bytes) or getattr(val, "__name__", "") == "<lambda>" else None
 
 
 @pytest.fixture(scope="module")  # not longer: while it is open, no other test could run an event loop

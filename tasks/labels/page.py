@@ -76,7 +76,7 @@ class TokenCounter:
         if not (base / FINGERPRINT_FILE).exists():
             return None
         with self.lock:
-            fingerprint = (base / FINGERPRINT_FILE).read_text()
+            fingerprint = (base / FINGERPRINT_FILE).read_text(encoding="utf-8")
             if base not in self.tokenizers or self.tokenizers[base][0] != fingerprint:
                 from tasks.models import load_tokenizer  # imports torch, which takes seconds
 
@@ -371,7 +371,7 @@ def alone(home: Path) -> Iterator[None]:
     """One page at a time hands out the queues of a folder; the lock goes with the process, however it ends."""
     path = home / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

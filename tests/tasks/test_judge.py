@@ -388,7 +388,7 @@ def test_a_stage_that_is_stopped_goes_on(server: Server, tmp_path: Path, how: si
     questions = len(server.requests)
     go_on = threading.Event()
     server.requests.clear()
-    server.answer = lambda asked: str(len(server.requests) < 20 or go_on.wait(30)) and fair(asked)
+    server.answer = lambda asked: str(len(server.requests) < 20 or go_on.wait(300)) and fair(asked)
     root = tmp_path / "stopped"
     imports = "from tasks.run import _stop_cleanly; from tests.tasks.test_judge import *; _stop_cleanly()"
     script = f"{imports}; run_stage(Path({str(root)!r}), endpoint={server.address!r})"
@@ -397,7 +397,7 @@ def test_a_stage_that_is_stopped_goes_on(server: Server, tmp_path: Path, how: si
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(how)
-    process.wait(10)
+    process.wait(120)
     go_on.set()
     assert not (root / VERDICTS).exists()
     kept = len(list((root / judge.CACHE).glob("[0-9a-f]*.json")))
