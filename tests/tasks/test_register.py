@@ -485,7 +485,7 @@ def test_without_mlflow_it_cannot_work_and_says_so_soon(repo: Path) -> None:
         port = probe.getsockname()[1]
     started = time.monotonic()
     done = run_register(repo, f"http://user:secret@127.0.0.1:{port}")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
     assert done.returncode == 2
     assert "error: stage `register`: MLflow at http://***@127.0.0.1" in done.stderr
     assert "Traceback" not in done.stderr
