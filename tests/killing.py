@@ -36,10 +36,19 @@ class Ran(NamedTuple):
         return self.spans[Checkpoints.save.__qualname__]
 
 
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as tasks/run.py sets it before torch is imported
 # One server process imports what takes long, once; each run is a fork of it and starts in a moment
 _context: Any = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama", "peft", "pytest", "tasks.params"]
+    [
+        "trl.trainer.sft_trainer",
+        "transformers.models.llama.modeling_llama",
+        "peft",
+        "pytest",
+        "tasks.params",
+        "mlflow.artifacts",
+        "mlflow.store.tracking.sqlalchemy_store",
+    ]
 )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeGuard
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = sorted(file for part in ("flows", "tasks") for file in (ROOT / part).rglob("*.py"))
+BINARY = ("rb", "wb", "ab", "xb", "a+b", "r+b", "w+b")
 
 
 def in_the_locale_s(source: str) -> Iterator[int]:
@@ -19,15 +19,12 @@ def in_the_locale_s(source: str) -> Iterator[int]:
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         called = ast.unparse(call.func)
         name = called.rpartition(".")[2]
-        modes = [one.value for part in (*call.args, *call.keywords) for one in ast.walk(part) if _is_mode(one)]
-        opens = name in ("open", "fdopen") and called != "os.open" and not any("b" in mode for mode in modes)
+        parts = [part for argument in (*call.args, *call.keywords) for part in ast.walk(argument)]
+        binary = any(isinstance(part, ast.Constant) and part.value in BINARY for part in parts)
+        opens = name in ("open", "fdopen") and called != "os.open" and not binary
         texts = name in ("read_text", "write_text") or given.get("text") == "True"
         if (opens or texts) and "encoding" not in given:
             yield call.lineno
-
-
-def _is_mode(node: ast.AST) -> TypeGuard[ast.Constant]:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and set(node.value) <= set("rwaxbt+")
 
 
 def test_no_file_and_no_output_is_read_in_the_locale_s_encoding() -> None:
