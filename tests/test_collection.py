@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -46,3 +47,15 @@ def test_every_process_collects_the_same_ids_and_they_are_short_words(request: p
         assert len(words) <= LONGEST, one
         assert PRINTABLE.fullmatch(one), one
         assert not re.search(r"0x[0-9a-f]{5}|/tmp/|<lambda>", words), one
+
+
+def test_no_test_is_empty() -> None:
+    """A docstring, `...` and `pass` always pass."""
+    empty = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                said = (ast.Pass, ast.Constant)
+                if all(isinstance(getattr(line, "value", line), said) for line in node.body):
+                    empty.append(f"{file.name}::{node.name}")
+    assert empty == []

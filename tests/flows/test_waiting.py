@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -63,13 +65,19 @@ def test_make_run_says_how_many_are_missing_and_goes_on(asking: Toy, capsys: pyt
     assert asking.starts("last") == 1
 
 
-def test_dvc_repro_stops_there_and_goes_on(asking: Toy) -> None: ...
+def test_dvc_repro_stops_there_and_goes_on_and_more_labels_run_only_what_reads_them(asking: Toy) -> None:
+    repro = [sys.executable, "-m", "dvc", "repro", "--quiet"]
+    stopped = subprocess.run(repro, cwd=asking.root, capture_output=True, text=True, check=False)
+    assert stopped.returncode != 0
+    assert "waits: stage `demonstrate`: " in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert asking.starts("last") == 0
 
-
-def test_more_labels_later_run_only_what_reads_them(asking: Toy) -> None:
     asking.label("ann")
     asking.label("bo")
     shell(asking.root, "dvc", "repro", "--quiet")
+    assert asking.starts("last") == 1
+
     asking.label("cem")
     changed = json.loads(shell(asking.root, "dvc", "status", "--json"))
     assert set(changed) == {"demonstrate"}

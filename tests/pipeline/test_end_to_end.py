@@ -74,7 +74,7 @@ def alone(repo: Path, stage: str) -> None:
 
 
 def test_each_stage_alone_gives_the_same_bits(by_dvc: Path) -> None:
-    """What `python -m tasks.run STAGE` does, for all of them, over what `dvc repro` made; in forks, which start fast."""
+    """What `python -m tasks.run STAGE` does, for all of them, over what `dvc repro` made. Forks start faster."""
     recorded = outs_of(by_dvc)
     for stage in load_stages(by_dvc):
         finish_apart(alone, by_dvc, stage)
