@@ -21,12 +21,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHROMIUM = Path("/usr/bin/chromium")  # Debian's; playwright's own would have to be downloaded
 LONGEST_ID = 24  # characters of one value
-LONGEST_FIRST = ("pipeline", "flows", "ppo")  # folders
+# folders and files
+LONGEST_FIRST = ("pipeline", "flows", "test_judge", "ppo", "test_selection", "test_sft", "test_reward", "test_tracking")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the files (`make test`): those that take longest come first.
+    """Workers share the files (`make test`; three on two cores, as many tests wait): those that take longest come first.
 
     RLHF_TEST_ORDER=7: files, and the tests of each, in another order, one for each number. No test may mind.
     """
@@ -37,14 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
 
     def place(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+        names = (item.path.parent.name, item.path.stem)
+        return min((LONGEST_FIRST.index(name) for name in names if name in LONGEST_FIRST), default=len(LONGEST_FIRST))
 
     items.sort(key=place)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Ids are short words, the same in every process: two workers refuse to run where they collected different tests.
+    """Ids are short words, the same in every process: workers refuse to run where they collected different tests.
 
     What pytest would spell out of bytes, of a long text or of a function without a name is named by its parameter;
     pytest numbers those that are alike.
