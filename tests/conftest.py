@@ -27,7 +27,7 @@ LONGEST_FIRST = ("pipeline", "flows", "test_judge", "ppo", "test_selection", "te
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers share the files (`make test`; three on two cores, as many tests wait): those that take longest come first.
+    """Workers share the files (`make test`): those that take longest come first. Many tests wait: three for two cores.
 
     RLHF_TEST_ORDER=7: files, and the tests of each, in another order, one for each number. No test may mind.
     """

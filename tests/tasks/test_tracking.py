@@ -172,6 +172,13 @@ def test_a_stage_on_sqlite(workspace: Path, params: Params, monkeypatch: pytest.
     assert (workspace / "mlflow.db").exists()
 
 
+def test_an_account_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a KeyError, as of a number that is not in /etc/passwd
+    assert tracking.account() == str(os.getuid())
+
+
 def test_down_then_up_then_replayed_twice(
     params: Params, server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
