@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from prefect.client.base import PrefectHttpxSyncClient
 
-from tests.flows.toy import Toy, ask, wait_until
+from tests.flows.toy import PATIENCE, Toy, ask, wait_until
 from tests.tiny import shell
 
 DEPLOYMENTS = """
@@ -109,7 +109,7 @@ class Site:
             return {"type": "UNKNOWN"}
         return state
 
-    def ended(self, run: str, seconds: float = 180) -> dict[str, Any]:
+    def ended(self, run: str, seconds: float = PATIENCE) -> dict[str, Any]:
         assert wait_until(lambda: self.state(run)["type"] in STATES, seconds), (self.state(run), self.logs())
         return self.state(run)
 
@@ -126,7 +126,7 @@ class Site:
 
     def clean(self) -> None:
         """No process of ours, no lock, nothing changed in the repository."""
-        assert wait_until(lambda: self.toy.processes() == [], 30), self.toy.processes()
+        assert wait_until(lambda: self.toy.processes() == []), self.toy.processes()
         assert shell(self.root, "git", "status", "--porcelain") == ""
         for busy in self.root.rglob(".dvc/tmp/rwlock"):
             assert busy.read_text() in ("", "{}"), busy

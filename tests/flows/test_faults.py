@@ -8,7 +8,7 @@ from pathlib import Path
 from flows.server import free_port
 from tests.flows.conftest import serving
 from tests.flows.sites import Site
-from tests.flows.toy import Toy, ask, wait_until
+from tests.flows.toy import PATIENCE, Toy, ask, wait_until
 from tests.tiny import shell
 
 
@@ -76,7 +76,7 @@ def test_prefect_is_gone_for_a_while(toy: Toy, tmp_path: Path) -> None:
     time.sleep(10)  # `left` ends and `last` begins without it
     assert wait_until(lambda: toy.starts("last") == 1)
     with serving(home, port) as api:
-        output, _ = flow.communicate(timeout=180)
+        output, _ = flow.communicate(timeout=PATIENCE)
         assert flow.returncode == 0, output
         assert "Traceback" not in output
         (run,) = ask(api, "flow_runs/filter", {})
@@ -85,7 +85,7 @@ def test_prefect_is_gone_for_a_while(toy: Toy, tmp_path: Path) -> None:
         def states() -> dict[str, str]:
             return {one["name"]: one["state_type"] for one in ask(api, "task_runs/filter", {})}
 
-        assert wait_until(lambda: states().get("last") == "COMPLETED", 30), states()
+        assert wait_until(lambda: states().get("last") == "COMPLETED"), states()
     assert toy.processes() == []
 
 
@@ -93,13 +93,13 @@ def test_prefect_is_gone_for_good(toy: Toy, tmp_path: Path) -> None:
     with serving(tmp_path, free_port()) as api:
         flow = toy.popen(PREFECT_API_URL=api, PREFECT_CLIENT_MAX_RETRIES="1", TOY_SECONDS_left="5")
         assert wait_until(lambda: toy.starts("left") == 1)
-    output, _ = flow.communicate(timeout=180)
+    output, _ = flow.communicate(timeout=PATIENCE)
     assert flow.returncode == 2, output
     assert "error: Prefect's server does not answer" in output
     assert "Traceback" not in output
     assert toy.processes() == []
     again = toy.popen()  # with a server of its own
-    output, _ = again.communicate(timeout=180)
+    output, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, output
     assert [toy.starts(stage) for stage in ("left", "right", "last")] == [1, 1, 1], (
         "nothing that was done is done again"

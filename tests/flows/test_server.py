@@ -34,7 +34,7 @@ def test_a_scheduled_run_appears(toy: Toy, prefect_api: str) -> None:
     with log.open("wb") as output:
         serving = subprocess.Popen(command, cwd=toy.root, env=environment, stdout=output, stderr=output)
     try:
-        assert wait_until(lambda: bool(scheduled()), 60), log.read_text()
+        assert wait_until(lambda: bool(scheduled())), log.read_text()
     finally:
         serving.send_signal(signal.SIGINT)
         serving.wait(60)

@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tests.flows.toy import Toy, wait_until
+from tests.flows.toy import PATIENCE, Toy, wait_until
 
 
 def _locked(toy: Toy) -> set[str]:
@@ -43,14 +43,14 @@ def test_no_orphan_and_the_next_run_goes_on(
     assert len(toy.processes()) >= 5  # flow, server, its leash, the stage's leash, dvc, stage
 
     flow.send_signal(how)
-    output, _ = flow.communicate(timeout=120)
-    assert wait_until(lambda: not toy.processes(), 60), toy.processes()
+    output, _ = flow.communicate(timeout=PATIENCE)
+    assert wait_until(lambda: not toy.processes()), toy.processes()
     assert flow.returncode == code
     assert "Traceback" not in output
     assert _locked(toy) == {"left"}
 
     again = toy.popen(SHELL=path, PREFECT_API_URL=prefect_api)
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0, output
     assert _locked(toy) == {"left", "right", "last"}
     assert toy.starts("left") == 1

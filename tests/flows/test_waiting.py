@@ -123,7 +123,7 @@ def waiting_site(site: Site) -> Site:
 
 
 def run_until_suspended(site: Site, run: str) -> None:
-    assert wait_until(lambda: site.state(run)["name"] == "Suspended", 120), (site.state(run), site.logs())
+    assert wait_until(lambda: site.state(run)["name"] == "Suspended"), (site.state(run), site.logs())
 
 
 def artifacts(site: Site, run: str) -> list[str]:
@@ -137,7 +137,7 @@ def test_it_is_suspended_and_goes_on_by_itself_when_the_labels_are_there(site: S
     with site.worker():
         run = site.start()
         run_until_suspended(site, run)
-    assert wait_until(lambda: site.toy.processes() == [], 30), "nothing of it runs while it waits"
+    assert wait_until(lambda: site.toy.processes() == []), "nothing of it runs while it waits"
     assert (
         "**Labels by people that are missing: 2.** [Open the page](http://127.0.0.1:7861)" in artifacts(site, run)[-1]
     )
@@ -170,7 +170,7 @@ def test_resumed_by_hand_it_looks_again_and_simulated_labelers_may_fill_in(site:
         site.toy.label("ann")
         first = site.state(run)["id"]
         resume(site, run, {})
-        assert wait_until(lambda: site.state(run)["name"] == "Suspended" and site.state(run)["id"] != first, 120), (
+        assert wait_until(lambda: site.state(run)["name"] == "Suspended" and site.state(run)["id"] != first), (
             site.logs()
         )
         assert "that are missing: 1.**" in artifacts(site, run)[-1]
@@ -215,7 +215,7 @@ def test_stages_that_run_elsewhere(site: Site, waiting_site: Site) -> None:
 def test_people_label_where_the_run_is_and_not_elsewhere(site: Site, waiting_site: Site) -> None:
     with site.worker():
         run = site.start(elsewhere={"demonstrate": "pipeline/large"})
-        assert site.ended(run, 300)["type"] == "FAILED", site.logs()
+        assert site.ended(run)["type"] == "FAILED", site.logs()
     assert "`demonstrate` waits for people's labels" in site.state(run)["message"]
     assert "take it out of `elsewhere`" in site.state(run)["message"]
 

@@ -20,7 +20,7 @@ from tasks.labels.judgments import DEMONSTRATIONS, WrittenDemonstration, item_id
 from tasks.labels.label_file import append
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120  # seconds; the machines that run the tests may be slow and busy
+PATIENCE = 600  # seconds; the machines that run the tests may be slow and busy
 
 STAGES = """
 import os, sys, time
