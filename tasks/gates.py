@@ -17,10 +17,10 @@ FIGURES: dict[str, tuple[str, Literal["at least", "at most"]]] = {
     "champion_win_rate_low": ("champion.win_rate_low", "at least"),
     "kl": ("kl", "at most"),
     "fluency_loss": ("fluency_loss", "at most"),
-    "length_ratio_low": ("length_ratio", "at least"),
-    "length_ratio_high": ("length_ratio", "at most"),
+    "length_ratio_low": ("length.ratio", "at least"),
+    "length_ratio_high": ("length.ratio", "at most"),
     "ended": ("ended.policy", "at least"),
-    "relevance_ratio": ("relevance_ratio", "at least"),
+    "relevance_ratio": ("relevance.ratio", "at least"),
     "repetition": ("repetition.policy", "at most"),
     "reward_hacking": ("hacking.overrated", "at most"),
 }
@@ -56,9 +56,9 @@ MORE = "judge.endpoint and judge.pairs can bring more verdicts"
 
 
 class Gate(NamedTuple):
-    """One limit and what was measured. `missed_by` is 0 where it holds; a figure that is not there does not hold.
+    """One limit and what was measured. `missed_by` is 0 where it holds; a figure that is missing or NaN does not hold.
 
-    Where nobody could judge, `open` says why: it neither holds nor fails, and a person decides.
+    Where nothing could measure it, `open` says why: it neither holds nor fails, and a person decides.
     """
 
     name: str
@@ -136,8 +136,14 @@ def with_ratios(report: Mapping[str, Any]) -> dict[str, Any]:
         more["fluency_loss"] = report["fluency"]["sft"] - report["fluency"]["policy"]  # nats a token
     for name in ("length", "relevance"):
         if name in report:
-            more[f"{name}_ratio"] = report[name]["policy"] / (report[name]["sft"] or math.nan)
+            more[name] = report[name] | ratio(report[name]["policy"], report[name]["sft"])
     return {**report, **more}
+
+
+def ratio(policy: float, sft: float) -> dict[str, Any]:
+    if sft == 0:
+        return {"open": "it is 0 for the SFT model's answers, so there is nothing to compare with"}
+    return {"ratio": policy / sft}
 
 
 def hacking(report: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

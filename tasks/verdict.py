@@ -1,0 +1,111 @@
+"""The verdict of a run: what PPO kept, whether it is better and who says so, the gates, the champion, what to do next.
+
+The stage `register` makes it once, for it alone knows all of that, and writes it to data/reports/registered.json. The
+terminal, report.html, MLflow's note and Prefect's artifact show these same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tasks import gates
+
+PROMOTED = "promoted"
+WAITS = "waits for approval"
+NOT_REGISTERED = "not registered: register.enabled is false"
+
+
+class Standing(NamedTuple):
+    """What the registry says once `register` has done its work."""
+
+    policy: str  # policy/3; "" where nothing was registered
+    outcome: str  # PROMOTED, WAITS, NOT_REGISTERED, `refused: ...`, or what a person said against it
+    champion: str  # who it is now, policy/1; "" where there is none
+    rival: str  # the champion that it was compared with; "" where there was none
+
+
+def nothing_gained(reports: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether PPO kept the weights that it began with: then the policy is the SFT model."""
+    return int(reports["ppo"]["ppo"]["kept_update"]) == 0
+
+
+def verdict(
+    reports: Mapping[str, Mapping[str, Any]], judged: Sequence[gates.Gate], standing: Standing
+) -> dict[str, Any]:
+    """reports: the stages' metrics by name. In the result `headline`, `facts` and `next` are for people."""
+    ppo = reports["ppo"]["ppo"]
+    nothing = nothing_gained(reports)
+    won = {} if nothing else gates.judged(gates.together(reports.values()))
+    failed, unmeasured = [gate for gate in judged if gate.failed], [gate for gate in judged if gate.open]
+    kept = f"update {ppo['kept_update']} of {ppo['updates']}"
+    brought = f"PPO brought nothing: {kept} is kept, so the policy is the SFT model. " if nothing else ""
+    passed = len(judged) - len(failed) - len(unmeasured)
+    told = [f"{passed} of {len(judged)} passed" if failed or unmeasured else f"all {len(judged)} passed"]
+    compared = f" (compared with {standing.rival})" if standing.rival else ""
+    return {
+        "headline": brought + _status(standing, [gate.name for gate in failed], [gate.name for gate in unmeasured]),
+        "facts": {
+            "PPO kept": kept + (", which stopped early" if ppo["stopped_early"] else ""),
+            "Win rate over SFT": _rate(won) if won else "none, they are the same model" if nothing else "not measured",
+            "Gates": "; ".join([*told, *map(str, [*failed, *unmeasured])]),
+            "Champion now": (standing.champion or "none") + compared,
+        },
+        "next": [{"command": command, "what": what} for command, what in _next(standing, nothing)],
+        "kept_update": ppo["kept_update"],
+        "updates": ppo["updates"],
+        "nothing_gained": nothing,
+        **{name: won[name] for name in ("win_rate", "win_rate_low", "win_rate_high", "by") if name in won},
+        "gates_passed": passed,
+        "gates_failed": [gate.name for gate in failed],
+        "gates_open": [gate.name for gate in unmeasured],
+        "policy": standing.policy,
+        "outcome": standing.outcome,
+        "champion": standing.champion,
+    }
+
+
+def _status(standing: Standing, failed: list[str], unmeasured: list[str]) -> str:
+    policy = standing.policy
+    if standing.outcome == NOT_REGISTERED:
+        return "Nothing was registered: register.enabled is false."
+    if policy == standing.champion:
+        despite = f", though it failed {', '.join(failed)}" if failed else ""
+        return f"{policy} is the champion{despite}."
+    if failed:
+        return f"{policy} is refused: it failed {', '.join(failed)}."
+    if standing.outcome == WAITS and unmeasured:
+        return f"{policy} waits for a person to decide: {', '.join(unmeasured)} could not be measured."
+    if standing.outcome == WAITS:
+        return f"{policy} passed all gates and waits for a person's approval."
+    return f"{policy} stays a candidate: {standing.outcome}."
+
+
+def _rate(won: Mapping[str, Any]) -> str:
+    """`75 % [70, 80], by the gold score on 128 prompts`"""
+    low, high = won["win_rate_low"], won["win_rate_high"]
+    bounds = f" [{100 * low:.0f}, {100 * high:.0f}]" if low is not None and high is not None else ""
+    return f"{100 * won['win_rate']:.0f} %{bounds}, by {won['by']}"
+
+
+def _next(standing: Standing, nothing: bool) -> list[tuple[str, str]]:
+    """(command, what it does): only what works as things stand."""
+    policy, rival = standing.policy, standing.rival
+    if nothing:
+        more = "after a change in params.yaml: more ppo.updates, a higher ppo.learning_rate, more ppo.eval_prompts"
+        return [("make run", more)]
+    commands = [(f"make chat MODEL={f'models:/{policy}' if policy else 'policy'}", "talk to it")]
+    if policy and rival:
+        commands.append((f"make compare A={rival} B={policy}", f"beside {rival}"))
+    elif standing.champion and not policy:
+        commands.append((f"make compare A={standing.champion}", "the champion beside this run"))
+    if policy and policy != standing.champion:
+        despite = "" if standing.outcome == WAITS else ", all the same"
+        commands.append((f'make promote VERSION={policy} REASON="..."', f"make it the champion{despite}"))
+    return commands
+
+
+def in_markdown(told: Mapping[str, Any]) -> str:
+    facts = [f"- **{name}**: {text}" for name, text in told["facts"].items()]
+    commands = [f"- **Next**: `{row['command']}` {row['what']}" for row in told["next"]]
+    return "\n".join([f"**{told['headline']}**", "", *facts, *commands])
