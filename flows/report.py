@@ -1,5 +1,5 @@
-"""What stays of a run: MLflow's record, the table of the stages, one prompt answered by each model, the verdict, and what
-to do next. What a stage says that was not part of the run is left out."""
+"""What stays of a run: MLflow's record, the table of the stages, one prompt answered by each model, the verdict, and
+what to do next. What a stage says that was not part of the run is left out."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from rich.text import Text
 from flows.dvc_stage import Outcome
 from tasks.labels.whose import whose_labels
 from tasks.lineage import StageSpec, git_state, locked_outs
-from tasks.tracking import runs_url
-from tasks.verdict import in_markdown
+from tasks.registry import champion
+from tasks.tracking import connect, runs_url
+from tasks.verdict import in_markdown, with_champion
 
 SAMPLES = Path("data/reports/evaluation/samples.jsonl")
 METRICS = SAMPLES.parent / "metrics.json"
@@ -154,11 +155,19 @@ def done(report: Report, stage: str) -> bool:
 
 
 def verdict_of(report: Report) -> dict[str, Any] | None:
-    """What `register` wrote, where it was part of the run."""
+    """What `register` wrote, where it was part of the run, with who is the champion now."""
+    from mlflow.exceptions import MlflowException  # mlflow takes seconds to import
+
     if not (done(report, "register") and REGISTERED.exists()):
         return None
-    found: dict[str, Any] | None = json.loads(REGISTERED.read_text()).get("verdict")
-    return found
+    told = json.loads(REGISTERED.read_text()).get("verdict")
+    if told is None:
+        return None
+    try:
+        current = champion(connect())
+    except (MlflowException, OSError):  # what it was when `register` ran
+        return dict(told)
+    return with_champion(told, f"policy/{current.version}" if current else "")
 
 
 def evaluation() -> str:
@@ -230,8 +239,9 @@ def print_report(report: Report, console: Console, stale: Sequence[str] = ()) ->
         console.print(_grid(found["facts"].items()))
     if stale:
         console.print(
-            f"\nOut of date, and not asked for: {', '.join(stale)}. What data/reports says of them is of an earlier run; "
-            "`make run` brings them up to date."
+            f"\nOut of date, and not asked for: {', '.join(stale)}. Their figures in data/reports are of an "
+            "earlier run; `make run` brings them up to date.",
+            soft_wrap=True,
         )
     console.print("\nWhat comes next")
     console.print(_grid(_next(report, found)))

@@ -160,7 +160,8 @@ def against(
     where too few have one by the reward model if both were scored by the same. Where it cannot be measured, `open` says
     why.
 
-    Its answers come from DVC's store, by the hash that the version has; they may be lost, or be to other prompts. Today's reward model does not score them: it would favour the policy that was trained to please it.
+    Its answers come from DVC's store, by the hash that the version has; they may be lost, or be to other prompts.
+    Today's reward model does not score them: it would favour the policy that was trained to please it.
     """
     import torch
 

@@ -38,20 +38,10 @@ def verdict(
     nothing = nothing_gained(reports)
     won = {} if nothing else gates.judged(gates.together(reports.values()))
     failed, unmeasured = [gate for gate in judged if gate.failed], [gate for gate in judged if gate.open]
-    kept = f"update {ppo['kept_update']} of {ppo['updates']}"
-    brought = f"PPO brought nothing: {kept} is kept, so the policy is the SFT model. " if nothing else ""
     passed = len(judged) - len(failed) - len(unmeasured)
     told = [f"{passed} of {len(judged)} passed" if failed or unmeasured else f"all {len(judged)} passed"]
-    compared = f" (compared with {standing.rival})" if standing.rival else ""
-    return {
-        "headline": brought + _status(standing, [gate.name for gate in failed], [gate.name for gate in unmeasured]),
-        "facts": {
-            "PPO kept": kept + (", which stopped early" if ppo["stopped_early"] else ""),
-            "Win rate over SFT": _rate(won) if won else "none, they are the same model" if nothing else "not measured",
-            "Gates": "; ".join([*told, *map(str, [*failed, *unmeasured])]),
-            "Champion now": (standing.champion or "none") + compared,
-        },
-        "next": [{"command": command, "what": what} for command, what in _next(standing, nothing)],
+    rate = _rate(won) if won else "none, they are the same model" if nothing else "not measured"
+    fields: dict[str, Any] = {
         "kept_update": ppo["kept_update"],
         "updates": ppo["updates"],
         "nothing_gained": nothing,
@@ -59,9 +49,30 @@ def verdict(
         "gates_passed": passed,
         "gates_failed": [gate.name for gate in failed],
         "gates_open": [gate.name for gate in unmeasured],
-        "policy": standing.policy,
-        "outcome": standing.outcome,
-        "champion": standing.champion,
+        **standing._asdict(),
+    }
+    early = ", stopped early" if ppo["stopped_early"] else ""
+    facts = {
+        "PPO kept": f"update {ppo['kept_update']} of {ppo['updates']}{early}",
+        "Win rate over SFT": rate,
+        "Gates": "; ".join([*told, *map(str, [*failed, *unmeasured])]),
+    }
+    return with_champion({**fields, "facts": facts}, standing.champion)
+
+
+def with_champion(told: Mapping[str, Any], champion: str) -> dict[str, Any]:
+    """The verdict with who is the champion now: people move it by hand, and DVC does not run `register` for that."""
+    standing = Standing(told["policy"], told["outcome"], champion, told["rival"])
+    nothing = bool(told["nothing_gained"])
+    kept = f"update {told['kept_update']} of {told['updates']}"
+    brought = f"PPO brought nothing: {kept} is kept, so the policy is the SFT model. " if nothing else ""
+    compared = f" (compared with {standing.rival})" if standing.rival else ""
+    return {
+        **told,
+        "champion": champion,
+        "headline": brought + _status(standing, told["gates_failed"], told["gates_open"]),
+        "facts": {**told["facts"], "Champion now": (champion or "none") + compared},
+        "next": [{"command": command, "what": what} for command, what in _next(standing, nothing)],
     }
 
 
@@ -74,11 +85,11 @@ def _status(standing: Standing, failed: list[str], unmeasured: list[str]) -> str
         return f"{policy} is the champion{despite}."
     if failed:
         return f"{policy} is refused: it failed {', '.join(failed)}."
-    if standing.outcome == WAITS and unmeasured:
-        return f"{policy} waits for a person to decide: {', '.join(unmeasured)} could not be measured."
     if standing.outcome == WAITS:
-        return f"{policy} passed all gates and waits for a person's approval."
-    return f"{policy} stays a candidate: {standing.outcome}."
+        why = f"{', '.join(unmeasured)} could not be measured" if unmeasured else "register.approval is true"
+        return f"{policy} failed no gate and waits for a person to decide: {why}."
+    stays = "it was promoted, and then another one" if standing.outcome == PROMOTED else standing.outcome
+    return f"{policy} stays a candidate: {stays}."
 
 
 def _rate(won: Mapping[str, Any]) -> str:
