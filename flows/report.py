@@ -275,7 +275,7 @@ def _grid(rows: Iterable[tuple[str, str]]) -> Table:
 def _answers(sample: dict[str, Any]) -> Table:
     table = Table(title="One held-out prompt, answered by each", title_justify="left", show_lines=True)
     for model in ("base", "sft", "policy"):
-        table.add_column(model, ratio=1)
+        table.add_column(model, ratio=1, overflow="fold")
     table.caption = Text(f"prompt: {sample['prompt']}")
     table.caption_justify = "left"
     table.add_row(*(Text(sample[model].strip()) for model in ("base", "sft", "policy")))

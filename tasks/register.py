@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 MODELS = ("sft", "reward", "policy")
 REPORTS = ("prepare", "demonstrate", "rank", "reward", "ppo", "evaluation", "judge")
 SAMPLES = "data/reports/evaluation/samples.jsonl"
-CANDIDATE = "candidate"
 MAIN_FIGURES = (
     *("gold.base", "gold.sft", "gold.policy", "gold.gain", "win_rate"),
     *("score.gain", "score_win_rate", "kl"),
@@ -81,7 +80,7 @@ def run(stage: Stage) -> None:
             for name, number in versions.items():
                 for figure, value in main_figures(reports).items():
                     client.set_model_version_tag(name, number, f"evaluation.{figure}", f"{value:.6g}")
-                client.set_registered_model_alias(name, CANDIDATE, number)
+                client.set_registered_model_alias(name, registry.CANDIDATE, number)
             companions = {f"with.{name}": str(versions[name]) for name in registry.COMPANIONS}
             tags = companions | {"evaluation.samples": hash_path(samples)}
             put_on_record(client, policy, happened, judged, rival, tags)
