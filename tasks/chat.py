@@ -211,11 +211,12 @@ def load_version(name: str) -> Loaded:
 def no_model(name: str, missing: str) -> str:
     """A message: nothing is called that; the nearest name, and what there is. missing: a file of the folder."""
     names, lost = known_models()
+    no = f"{name} is no model folder ({missing} is missing)." if "/" in name else f"there is no model `{name}`."
     near = difflib.get_close_matches(name, [*names, registry.CHAMPION], n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     there = ", ".join(f"{one} ({aliases})" if aliases else one for one, aliases in names.items())
     known = f"There are {there}; or a model's folder." if there else "There is no model yet: `make run` makes them."
-    return f"{name} is no model, nor a folder with one ({missing} is missing).{hint} {known} {lost}".rstrip()
+    return f"{no}{hint} {known} {lost}".rstrip()
 
 
 def known_models() -> tuple[dict[str, str], str]:
