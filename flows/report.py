@@ -236,7 +236,7 @@ def print_report(report: Report, console: Console, stale: Sequence[str] = ()) ->
     found = verdict_of(report)
     if found:
         console.print(Text(f"\n{found['headline']}", style="bold"))
-        console.print(_grid(found["facts"].items()))
+        console.print(_grid((row["name"], row["text"]) for row in found["facts"]))
     if stale:
         console.print(
             f"\nOut of date, and not asked for: {', '.join(stale)}. Their figures in data/reports are of an "

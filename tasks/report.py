@@ -58,7 +58,7 @@ def run(stage: Stage) -> None:
         evaluation=reports["evaluation"],
         verdict=registered["verdict"],
         figures=drawn,
-        gates=[gate_of(name, row) for name, row in registered["gates"].items()],
+        gates=[gate_of(name, registered["gates"][name]) for name in gates.FIGURES if name in registered["gates"]],
         samples=[marked(row) for row in spread(rows)],
         judge_of_samples=judge_of(rows),
         made=[(what, path.relative_to(stage.root), hash_path(path)) for what, path in made],

@@ -13,6 +13,7 @@ from tasks import gates
 
 PROMOTED = "promoted"
 WAITS = "waits for approval"
+CHAMPION_NOW = "Champion now"
 NOT_REGISTERED = "not registered: register.enabled is false"
 
 
@@ -52,11 +53,12 @@ def verdict(
         **standing._asdict(),
     }
     early = ", stopped early" if ppo["stopped_early"] else ""
-    facts = {
-        "PPO kept": f"update {ppo['kept_update']} of {ppo['updates']}{early}",
-        "Win rate over SFT": rate,
-        "Gates": "; ".join([*told, *map(str, [*failed, *unmeasured])]),
-    }
+    facts = [
+        {"name": "PPO kept", "text": f"update {ppo['kept_update']} of {ppo['updates']}{early}"},
+        {"name": "Win rate over SFT", "text": rate},
+        {"name": "Gates", "text": "; ".join([*told, *map(str, [*failed, *unmeasured])])},
+        {"name": CHAMPION_NOW, "text": ""},
+    ]
     return with_champion({**fields, "facts": facts}, standing.champion)
 
 
@@ -71,7 +73,7 @@ def with_champion(told: Mapping[str, Any], champion: str) -> dict[str, Any]:
         **told,
         "champion": champion,
         "headline": brought + _status(standing, told["gates_failed"], told["gates_open"]),
-        "facts": {**told["facts"], "Champion now": (champion or "none") + compared},
+        "facts": [*told["facts"][:-1], {"name": CHAMPION_NOW, "text": (champion or "none") + compared}],
         "next": [{"command": command, "what": what} for command, what in _next(standing, nothing)],
     }
 
@@ -117,6 +119,6 @@ def _next(standing: Standing, nothing: bool) -> list[tuple[str, str]]:
 
 
 def in_markdown(told: Mapping[str, Any]) -> str:
-    facts = [f"- **{name}**: {text}" for name, text in told["facts"].items()]
+    facts = [f"- **{row['name']}**: {row['text']}" for row in told["facts"]]
     commands = [f"- **Next**: `{row['command']}` {row['what']}" for row in told["next"]]
     return "\n".join([f"**{told['headline']}**", "", *facts, *commands])

@@ -153,7 +153,7 @@ def page(
     verdicts = {"sft": {"pairs": 0}} if judge else {}
     told = {
         "headline": "policy/2 is <refused>.",
-        "facts": {"Win rate over SFT": f"75 %, by {by} on {gold or 4} prompts"},
+        "facts": [{"name": "Win rate over SFT", "text": f"75 %, by {by} on {gold or 4} prompts"}],
         "next": [{"command": "make chat MODEL=models:/policy/2", "what": "talk to it"}],
         "nothing_gained": nothing_gained,
     }

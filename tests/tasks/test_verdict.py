@@ -24,6 +24,11 @@ def commands(found: dict[str, Any]) -> list[str]:
     return [row["command"] for row in found["next"]]
 
 
+def fact(found: dict[str, Any], name: str) -> str:
+    (text,) = (row["text"] for row in found["facts"] if row["name"] == name)
+    return str(text)
+
+
 CHAT, PROMOTE = "make chat MODEL=models:/policy/2", 'make promote VERSION=policy/2 REASON="..."'
 COMPARE = "make compare A=policy/1 B=policy/2"
 
@@ -31,20 +36,20 @@ COMPARE = "make compare A=policy/1 B=policy/2"
 def test_promoted_over_a_champion() -> None:
     found = told(Standing("policy/2", PROMOTED, "policy/2", "policy/1"))
     assert found["headline"] == "policy/2 is the champion."
-    assert found["facts"] == {
-        "PPO kept": "update 6 of 8",
-        "Win rate over SFT": "75 % [70, 80], by the gold score on 40 prompts",
-        "Gates": "all 1 passed",
-        "Champion now": "policy/2 (compared with policy/1)",
-    }
+    assert [(row["name"], row["text"]) for row in found["facts"]] == [
+        ("PPO kept", "update 6 of 8"),
+        ("Win rate over SFT", "75 % [70, 80], by the gold score on 40 prompts"),
+        ("Gates", "all 1 passed"),
+        ("Champion now", "policy/2 (compared with policy/1)"),
+    ]
     assert commands(found) == [CHAT, COMPARE]
     assert (found["win_rate"], found["win_rate_low"], found["win_rate_high"]) == (0.75, 0.7, 0.8)
 
 
 def test_promoted_without_a_champion_before() -> None:
     found = told(Standing("policy/2", PROMOTED, "policy/2", ""), stopped=1)
-    assert found["facts"]["PPO kept"] == "update 6 of 8, stopped early"
-    assert found["facts"]["Champion now"] == "policy/2"
+    assert fact(found, "PPO kept") == "update 6 of 8, stopped early"
+    assert fact(found, "Champion now") == "policy/2"
     assert commands(found) == [CHAT]
 
 
@@ -52,16 +57,16 @@ def test_refused_with_and_without_a_champion() -> None:
     for champion, wanted in (("policy/1", [CHAT, COMPARE, PROMOTE]), ("", [CHAT, PROMOTE])):
         found = told(Standing("policy/2", "refused: ended", champion, champion), PASSED, FAILED)
         assert found["headline"] == "policy/2 is refused: it failed ended."
-        assert found["facts"]["Gates"] == "1 of 2 passed; ended: 0.8, at least 0.9 asked: failed by 0.1"
-        assert found["facts"]["Champion now"].partition(" ")[0] == champion or champion == ""
+        assert fact(found, "Gates") == "1 of 2 passed; ended: 0.8, at least 0.9 asked: failed by 0.1"
+        assert fact(found, "Champion now").partition(" ")[0] == champion or champion == ""
         assert commands(found) == wanted, "no champion is offered where there is none"
-    assert found["facts"]["Champion now"] == "none"
+    assert fact(found, "Champion now") == "none"
 
 
 def test_a_champion_that_cannot_be_compared_waits_for_a_person() -> None:
     found = told(Standing("policy/2", WAITS, "policy/1", "policy/1"), PASSED, OPEN)
     assert "waits for a person to decide: champion_win_rate_low could not be measured" in found["headline"]
-    assert "policy/1 answered none of these prompts" in found["facts"]["Gates"]
+    assert "policy/1 answered none of these prompts" in fact(found, "Gates")
     assert (found["gates_passed"], found["gates_failed"], found["gates_open"]) == (1, [], ["champion_win_rate_low"])
     assert commands(found) == [CHAT, COMPARE, PROMOTE]
 
@@ -80,7 +85,7 @@ def test_a_person_said_no() -> None:
 def test_nothing_gained_is_said_first_and_has_no_win_rate() -> None:
     found = told(Standing("policy/2", "refused: ended", "", ""), FAILED, kept=0, win_rate=0.5)
     assert found["headline"].startswith("PPO brought nothing: update 0 of 8 is kept, so the policy is the SFT model. ")
-    assert found["facts"]["Win rate over SFT"] == "none, they are the same model"
+    assert fact(found, "Win rate over SFT") == "none, they are the same model"
     assert "win_rate" not in found
     assert commands(found) == ["make run"]
 
@@ -97,7 +102,7 @@ def test_a_run_that_registered_nothing(champion: str, wanted: list[str]) -> None
 
 def test_nobody_judged() -> None:
     found = told(Standing("policy/2", "refused: win_rate_low", "", ""), FAILED, win_rate=None)
-    assert found["facts"]["Win rate over SFT"] == "not measured"
+    assert fact(found, "Win rate over SFT") == "not measured"
 
 
 def test_the_champion_was_moved_since() -> None:
