@@ -36,7 +36,7 @@ REPORTS = ("prepare", "demonstrate", "rank", "reward", "ppo", "evaluation", "jud
 SAMPLES = "data/reports/evaluation/samples.jsonl"
 MAIN_FIGURES = (
     *("gold.base", "gold.sft", "gold.policy", "gold.gain", "win_rate"),
-    *("score.gain", "score_win_rate", "kl"),
+    *("score.gain", "score_win_rate", "kl", "overoptimisation.kept_update"),
 )
 # Given, because MLflow's own search for them imports the model and asks the network
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "fsspec", "s3fs", "pandas")

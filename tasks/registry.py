@@ -30,6 +30,7 @@ CHAMPION = "champion"
 CANDIDATE = "candidate"  # the version of the newest run
 COMPANIONS = ("sft", "reward")  # of a policy
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes: no model, no version, no such alias
+KEPT_UPDATE = "evaluation.overoptimisation.kept_update"  # a tag of a version
 LISTED = 8  # versions in a message
 TAKEN_BACK = ("rolled_back", "declined")  # by a person: the gates alone do not promote such a version
 
@@ -191,7 +192,8 @@ def table(client: MlflowClient) -> Table:
             f"policy/{version.version}",
             aliases.get(f"policy/{version.version}", ""),
             through_gates(version),
-            *(tags.get(f"evaluation.{name}", "") for name in ("win_rate", "gold.gain", "score_win_rate", "kl")),
+            "is the SFT model" if tags.get(KEPT_UPDATE) == "0" else tags.get("evaluation.win_rate", ""),
+            *(tags.get(f"evaluation.{name}", "") for name in ("gold.gain", "score_win_rate", "kl")),
             tags.get("git.commit", "")[:8],
             taken_back(version) or promoted(version),
         )

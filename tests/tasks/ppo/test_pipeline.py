@@ -116,7 +116,7 @@ def test_the_stage_and_its_report(folders: dict[str, Path], tmp_path: Path) -> N
     report = json.loads((reports / "metrics.json").read_text())["ppo"]
     assert report["updates"] == 2
     assert {"score", "kl", "approx_kl", "clip_fraction", "policy_loss", "value_loss"} <= set(report)
-    assert report["score"] == float(history[-1]["score"])
+    assert report["score"] == report["kept_score"] == float(history[-1]["score"])
     logged = [call.args for call in tracker.metrics.call_args_list if "ppo/score" in call.args[0]]
     assert [step for _, step in logged] == [1, 2]
     assert logged[1][0]["ppo/kl"] == report["kl"]
@@ -146,7 +146,7 @@ def first_samples(tracker: Mock) -> list[dict[str, Any]]:
 
 
 def test_the_best_policy_on_held_out_prompts_is_kept(folders: dict[str, Path], tmp_path: Path) -> None:
-    run_stage(tmp_path, folders)
+    tracker = run_stage(tmp_path, folders)
     with (tmp_path / "data/reports/ppo/history.csv").open() as file:
         rows = list(csv.DictReader(file))
     report = json.loads((tmp_path / "data/reports/ppo/metrics.json").read_text())["ppo"]
@@ -154,6 +154,11 @@ def test_the_best_policy_on_held_out_prompts_is_kept(folders: dict[str, Path], t
     assert report["held_out_best"] == max(evaluated) == evaluated[report["kept_update"]]
     sft, policy = load_language_model(folders["sft"]), load_language_model(tmp_path / "data/models/policy")
     assert (shared_depth(sft, policy, 2) == 2) == (report["kept_update"] == 0)
+    assert report["kept_score"] == evaluated[report["kept_update"]]
+    assert ("score" in report) == (report["kept_update"] == 2), "no figure of weights that are not kept"
+    assert {"ppo/kept_update": report["kept_update"], "ppo/kept_score": report["kept_score"]}.items() <= (
+        next(call.args[0] for call in tracker.metrics.call_args_list if "ppo/kept_score" in call.args[0]).items()
+    )
 
 
 def test_more_layers_than_there_are(folders: dict[str, Path], tmp_path: Path) -> None:
