@@ -90,8 +90,8 @@ def _status(standing: Standing, failed: list[str], unmeasured: list[str]) -> str
     if standing.outcome == WAITS:
         why = f"{', '.join(unmeasured)} could not be measured" if unmeasured else "register.approval is true"
         return f"{policy} failed no gate and waits for a person to decide: {why}."
-    stays = "it was promoted, and then another one" if standing.outcome == PROMOTED else standing.outcome
-    return f"{policy} stays a candidate: {stays}."
+    before = f"{policy} was promoted, and is not the champion any more."
+    return before if standing.outcome == PROMOTED else f"{policy} stays a candidate: {standing.outcome}."
 
 
 def _rate(won: Mapping[str, Any]) -> str:

@@ -114,7 +114,7 @@ def test_the_champion_was_moved_since() -> None:
     despite = told(Standing("policy/2", "refused: ended", "policy/1", "policy/1"), FAILED)
     assert with_champion(despite, "policy/2")["headline"] == "policy/2 is the champion, though it failed ended."
     rolled_back = with_champion(told(Standing("policy/2", PROMOTED, "policy/2", "policy/1")), "policy/1")
-    assert rolled_back["headline"] == "policy/2 stays a candidate: it was promoted, and then another one."
+    assert rolled_back["headline"] == "policy/2 was promoted, and is not the champion any more."
     assert PROMOTE in commands(rolled_back)
 
 
