@@ -51,6 +51,7 @@ ITSELF = Judge(
     "the reward model (which proves little: the policy was trained to please it)", "score_win_rate", "prompts"
 )
 JUDGES = (GOLD, MODEL, ITSELF)  # from the one that proves most to the one that proves least
+NO_DIFFERENCE = "definition, as the policy is the SFT model"
 NOBODY = "there is neither a gold score nor a judge to hold the reward model against; judge.endpoint would name one"
 MORE = "judge.endpoint and judge.pairs can bring more verdicts"
 
@@ -108,11 +109,18 @@ def together(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: figure for report in reports for name, figure in report.items()}
 
 
+def nothing_gained(report: Mapping[str, Any]) -> bool:
+    """Whether PPO kept the weights that it began with: then the policy is the SFT model."""
+    return figure_at(report, "ppo.kept_update") == 0
+
+
 def judged(report: Mapping[str, Any]) -> dict[str, Any]:
     """The policy's win rate over the SFT model, by whoever proves most of those who judged enough. {} where nobody did.
 
     report: all of them together. `by` says who it was, on how many prompts, and what the others would need.
     """
+    if nothing_gained(report):
+        return {**dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high"), 0.5), "by": NO_DIFFERENCE}
     compared = figure_at(report, "prompts") or 0
     lacking: list[str] = []
     for judge in JUDGES:
@@ -151,6 +159,8 @@ def hacking(report: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, An
 
     found: `judged` of the report; where nobody judged nothing was measured, and that is no question for a person.
     """
+    if nothing_gained(report):
+        return {"overrated": 0.0, "by": NO_DIFFERENCE}
     match found.get("who"):
         case GOLD.who:
             return {"overrated": report["overrated"], "by": found["by"]}

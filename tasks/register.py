@@ -25,7 +25,7 @@ from tasks.labels.whose import whose_labels
 from tasks.lineage import hash_path
 from tasks.stage import Stage, UserError
 from tasks.tracking import connect, masked, tracking_uri
-from tasks.verdict import NOT_REGISTERED, PROMOTED, WAITS, Standing, in_markdown, nothing_gained, verdict
+from tasks.verdict import NOT_REGISTERED, PROMOTED, WAITS, Standing, in_markdown, verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -191,7 +191,8 @@ def against(
 def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """A run in five lines of Markdown."""
     reward, evaluation = reports["reward"], reports["evaluation"]
-    judged = gates.judged(gates.together(reports.values()))
+    figures = gates.together(reports.values())
+    judged = gates.judged(figures)
     kept, updates = (reports["ppo"]["ppo"][name] for name in ("kept_update", "updates"))
     gold, peak = "gold" in evaluation, "overoptimisation.gold_peak_update"
 
@@ -215,7 +216,7 @@ def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
         f"{told(evaluation, f'{gained}.gain')}: {of(gained)}.{lacking}"
     )
     lines = [
-        f"**Policy against SFT**: {'the policy is the SFT model.' if nothing_gained(reports) else better}",
+        f"**Policy against SFT**: {'the policy is the SFT model.' if gates.nothing_gained(figures) else better}",
         f"**What it cost**: KL {told(evaluation, 'kl')} nats an answer; length {of('length')} tokens; ended properly "
         f"{of('ended')}; repetition {of('repetition')}.",
         f"**Reward model**: orders {told(reward, 'reward.accuracy', '.0%')} of held-out pairs as the labelers did; "
@@ -275,7 +276,7 @@ def promote_if_due(client: MlflowClient, policy: ModelVersion, judged: list[gate
 def main_figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The figures of the evaluation that a version has, with dotted names; no win rate of a model over itself."""
     found = {figure: gates.figure_at(reports["evaluation"], figure) for figure in MAIN_FIGURES}
-    nothing = nothing_gained(reports)
+    nothing = gates.nothing_gained(gates.together(reports.values()))
     return {
         figure: value for figure, value in found.items() if value is not None and not (nothing and "win_rate" in figure)
     }

@@ -26,18 +26,14 @@ class Standing(NamedTuple):
     rival: str  # the champion that it was compared with; "" where there was none
 
 
-def nothing_gained(reports: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether PPO kept the weights that it began with: then the policy is the SFT model."""
-    return int(reports["ppo"]["ppo"]["kept_update"]) == 0
-
-
 def verdict(
     reports: Mapping[str, Mapping[str, Any]], judged: Sequence[gates.Gate], standing: Standing
 ) -> dict[str, Any]:
     """reports: the stages' metrics by name. In the result `headline`, `facts` and `next` are for people."""
     ppo = reports["ppo"]["ppo"]
-    nothing = nothing_gained(reports)
-    won = {} if nothing else gates.judged(gates.together(reports.values()))
+    figures = gates.together(reports.values())
+    nothing = gates.nothing_gained(figures)
+    won = {} if nothing else gates.judged(figures)
     failed, unmeasured = [gate for gate in judged if gate.failed], [gate for gate in judged if gate.open]
     passed = len(judged) - len(failed) - len(unmeasured)
     told = [f"{passed} of {len(judged)} passed" if failed or unmeasured else f"all {len(judged)} passed"]
@@ -68,12 +64,12 @@ def with_champion(told: Mapping[str, Any], champion: str) -> dict[str, Any]:
     nothing = bool(told["nothing_gained"])
     kept = f"update {told['kept_update']} of {told['updates']}"
     brought = f"PPO brought nothing: {kept} is kept, so the policy is the SFT model. " if nothing else ""
-    compared = f" (compared with {standing.rival})" if standing.rival else ""
+    replaced = f", in place of {standing.rival}" if standing.rival and champion == standing.policy else ""
     return {
         **told,
         "champion": champion,
         "headline": brought + _status(standing, told["gates_failed"], told["gates_open"]),
-        "facts": [*told["facts"][:-1], {"name": CHAMPION_NOW, "text": (champion or "none") + compared}],
+        "facts": [*told["facts"][:-1], {"name": CHAMPION_NOW, "text": (champion or "none") + replaced}],
         "next": [{"command": command, "what": what} for command, what in _next(standing, nothing)],
     }
 

@@ -167,6 +167,16 @@ def test_reward_hacking_is_seen_by_gold_or_by_the_judge_and_else_a_person_decide
     assert evaluate(Gates(**OPEN | {"reward_hacking": 0.2}), REPORTS[:2])[0].failed
 
 
+def test_a_policy_that_is_the_sft_model_has_won_nothing_and_nobody_is_said_to_have_judged() -> None:
+    same = {"ppo": {"kept_update": 0}}
+    by = "by definition, as the policy is the SFT model"
+    assert asked("win_rate_low", 0.55, *REPORTS, same) == (
+        f"win_rate_low: 0.5 {by}, at least 0.55 asked: failed by 0.05"
+    )
+    assert asked("reward_hacking", 0.2, *REPORTS, same) == f"reward_hacking: 0 {by}, at most 0.2 asked: passed"
+    assert asked("win_rate_low", 0.55, *REPORTS, {"ppo": {"kept_update": 2}}).endswith("passed")
+
+
 def test_limits_that_are_not_set_are_not_asked() -> None:
     assert evaluate(Gates(**OPEN), REPORTS) == []
 

@@ -40,7 +40,7 @@ def test_promoted_over_a_champion() -> None:
         ("PPO kept", "update 6 of 8"),
         ("Win rate over SFT", "75 % [70, 80], by the gold score on 40 prompts"),
         ("Gates", "all 1 passed"),
-        ("Champion now", "policy/2 (compared with policy/1)"),
+        ("Champion now", "policy/2, in place of policy/1"),
     ]
     assert commands(found) == [CHAT, COMPARE]
     assert (found["win_rate"], found["win_rate_low"], found["win_rate_high"]) == (0.75, 0.7, 0.8)
@@ -58,9 +58,8 @@ def test_refused_with_and_without_a_champion() -> None:
         found = told(Standing("policy/2", "refused: ended", champion, champion), PASSED, FAILED)
         assert found["headline"] == "policy/2 is refused: it failed ended."
         assert fact(found, "Gates") == "1 of 2 passed; ended: 0.8, at least 0.9 asked: failed by 0.1"
-        assert fact(found, "Champion now").partition(" ")[0] == champion or champion == ""
+        assert fact(found, "Champion now") == (champion or "none")
         assert commands(found) == wanted, "no champion is offered where there is none"
-    assert fact(found, "Champion now") == "none"
 
 
 def test_a_champion_that_cannot_be_compared_waits_for_a_person() -> None:
