@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 # so that `python` and `dvc` in dvc.yaml's commands are those of .venv
-IN_VENV := PATH="$(CURDIR)/$(BIN):$$PATH"
+IN_VENV := PYTHONUTF8=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: help run test check format ui serve stack-local promote rollback replay compare chat arena label bench clean
 
@@ -14,7 +14,7 @@ run: .venv/installed .git  ## set up .venv where it is missing, and run the pipe
 	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf --waits-ok $(STAGES)
 
 test: .venv/pages .git  ## the same environment, and the tests
-	@$(IN_VENV) exec $(BIN)/python -m pytest $(or $(TESTS),-n 2 --dist loadfile --no-loadscope-reorder)
+	@$(IN_VENV) exec $(BIN)/python -m pytest $(or $(TESTS),-n 3 --dist loadfile --no-loadscope-reorder)
 
 check: .venv/installed  ## format, lint and types; a warning is an error
 	@$(BIN)/ruff format --check flows tasks tests bench

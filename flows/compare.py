@@ -77,7 +77,7 @@ def side(name: str, repository: Path) -> Side:
 
 
 def _text_of(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _reports_here(repository: Path) -> list[str]:

@@ -50,7 +50,7 @@ def deploy() -> list[str]:
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
         env=os.environ | home | {"PREFECT_API_URL": api, "NO_COLOR": "1", "COLUMNS": "200"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     if done.returncode:

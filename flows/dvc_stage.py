@@ -117,7 +117,7 @@ def unchanged(parents: Mapping[str, set[str]]) -> frozenset[str]:
     then each stage asks for itself.
     """
     done = subprocess.run(
-        leashed([sys.executable, "-m", "dvc", "status", "--json"]), capture_output=True, text=True, check=False
+        leashed([sys.executable, "-m", "dvc", "status", "--json"]), capture_output=True, encoding="utf-8", check=False
     )
     try:
         changed = set(json.loads(done.stdout)) if done.returncode == 0 else set(parents)
@@ -253,9 +253,9 @@ def available_gigabytes() -> float:
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
         if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+            free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="utf-8")))
     except OSError:  # not Linux, or no control groups v2
         pass
     return free / 1e9

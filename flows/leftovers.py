@@ -16,7 +16,7 @@ def mend_leftovers(root: Path = Path()) -> None:
     """
     busy = root / ".dvc/tmp/rwlock"
     try:
-        entries = json.loads(busy.read_text())
+        entries = json.loads(busy.read_text(encoding="utf-8"))
         owners = [
             *entries.get("write", {}).values(),
             *(info for infos in entries.get("read", {}).values() for info in infos),

@@ -89,7 +89,7 @@ def collect_garbage(repository: Path) -> int:
             [sys.executable, "-m", "dvc", "gc", "--force", "--quiet", "--workspace", "--all-branches", "--all-tags"],
             cwd=repository,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         if done.returncode:

@@ -105,7 +105,7 @@ def figure_of(spec: StageSpec, root: Path = Path()) -> str:
     `gold.gain or score.gain`: the first that there is.
     """
     files = [root / out for out in spec.outs if out.endswith(".json")]
-    reports = [json.loads(file.read_text()) for file in files if file.exists()]
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     for key in spec.meta.get("figure", "").split(" or "):
         for report in reports:
             value = _at(report, key.split("."))
@@ -160,7 +160,7 @@ def verdict_of(report: Report) -> dict[str, Any] | None:
 
     if not (done(report, "register") and REGISTERED.exists()):
         return None
-    told = json.loads(REGISTERED.read_text()).get("verdict")
+    told = json.loads(REGISTERED.read_text(encoding="utf-8")).get("verdict")
     if told is None:
         return None
     try:
@@ -172,7 +172,7 @@ def verdict_of(report: Report) -> dict[str, Any] | None:
 
 def evaluation() -> str:
     """The main figures with their intervals, and some prompts answered by each model, as Markdown."""
-    figures = json.loads(METRICS.read_text())
+    figures = json.loads(METRICS.read_text(encoding="utf-8"))
     same = _at(figures, ["overoptimisation", "kept_update"]) == 0
     rows = ["| | base | SFT | policy | gain of the policy |", "|---|---|---|---|---|"]
     for name in ("gold", "score", "fluency"):
@@ -190,10 +190,10 @@ def evaluation() -> str:
         more = {}
         rows += ["", "PPO kept update 0: the policy is the SFT model."]
     if all(file.exists() for file in LABELS.values()):
-        labels = whose_labels({stage: json.loads(file.read_text()) for stage, file in LABELS.items()})
+        labels = whose_labels({stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in LABELS.items()})
         rows += ["", f"Labels: {labels}."]
     rows += ["", *(f"- {told}: {_interval(figures, key)}" for told, key in more.items() if key in figures), ""]
-    samples = [json.loads(line) for line in SAMPLES.read_text().splitlines()[:SHOWN]]
+    samples = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()[:SHOWN]]
     for sample in samples:
         rows.append(f"**{quoted(sample['prompt'])}**\n")
         for model in ("base", "sft", "policy"):
@@ -232,7 +232,7 @@ def print_report(report: Report, console: Console, stale: Sequence[str] = ()) ->
     if any(row.status == "waits" for row in report):
         return
     if done(report, "evaluate") and SAMPLES.exists():
-        console.print(_answers(json.loads(SAMPLES.read_text().splitlines()[0])))
+        console.print(_answers(json.loads(SAMPLES.read_text(encoding="utf-8").splitlines()[0])))
     found = verdict_of(report)
     if found:
         console.print(Text(f"\n{found['headline']}", style="bold"))

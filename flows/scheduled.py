@@ -233,13 +233,13 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
         workspace.publish()
     figures: dict[str, Any] = {}
     for file in sorted(Path("data/reports").glob("*/metrics.json")):
-        figures |= flat(json.loads(file.read_text()))
+        figures |= flat(json.loads(file.read_text(encoding="utf-8")))
     return {"run": workspace.id, "branch": workspace.branch, "commit": commit, "figures": figures}
 
 
 def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
     """What became of the policy that this run registered, once a person was asked where that is due."""
-    told = json.loads(REGISTERED.read_text())
+    told = json.loads(REGISTERED.read_text(encoding="utf-8"))
     verdict = str(told["champion"])
     if verdict == NOT_REGISTERED:
         return f"the policy is {verdict}"
@@ -255,7 +255,7 @@ def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
 
 def facts_of_verdict() -> dict[str, str]:
     """For a notification, whose subject says who is the champion."""
-    verdict = json.loads(REGISTERED.read_text())["verdict"]
+    verdict = json.loads(REGISTERED.read_text(encoding="utf-8"))["verdict"]
     return {row["name"]: row["text"] for row in verdict["facts"] if row["name"] != CHAMPION_NOW}
 
 

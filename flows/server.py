@@ -94,4 +94,4 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
                 return
         except httpx.TransportError:
             time.sleep(0.2)
-    raise RuntimeError(f"Prefect's server did not start; its last words:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"Prefect's server did not start; its last words:\n{log.read_text(encoding='utf-8')[-2000:]}")

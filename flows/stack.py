@@ -138,7 +138,7 @@ def postgres(folder: Path, port: int, password: str) -> Iterator[None]:
     user = postgres_user()
     folder.mkdir(parents=True)
     data, words = folder / "data", folder / "password"
-    words.write_text(password)
+    words.write_text(password, encoding="utf-8")
     words.chmod(0o600)
     if user:
         for path in (folder, words):
@@ -152,7 +152,7 @@ def postgres(folder: Path, port: int, password: str) -> Iterator[None]:
             env={**os.environ, "LC_ALL": "C.UTF-8", **environment},
             user=user,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             check=False,
         )
         if done.returncode:
@@ -209,7 +209,9 @@ def local(watch_seconds: float) -> int:
         with stack.running() as up:
             settings = Path(folder) / "env"
             settings.touch(mode=0o600)
-            settings.write_text("".join(f"export {key}={value}\n" for key, value in (stack.client | QUIET).items()))
+            settings.write_text(
+                "".join(f"export {key}={value}\n" for key, value in (stack.client | QUIET).items()), encoding="utf-8"
+            )
             for server in stack.servers():
                 print(f"{server.name:<10} {server.address}")
             print(f"{'PostgreSQL':<10} 127.0.0.1:{stack.ports['postgres']}")

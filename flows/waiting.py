@@ -29,16 +29,18 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import resume_flow_run
 from prefect.input import RunInput, keyset_from_base_key
+from prefect.settings import get_current_settings
 from prefect.types._datetime import now
 from pydantic import BaseModel, Field
 
 from flows.deploy import STILL_WAITS
+from flows.dvc_stage import WAITS
 from flows.report import Report
 from flows.workspace import START, WORKSPACES, Workspace, home_of, whole_lines
-from tasks.labels.queue import LABELS, QUEUES, Job, Progress, page_address, progress, read_queue
+from tasks.labels.queue import LABELS, QUEUES, WAIT_FILE, Job, Progress, close_queue, page_address, progress, read_queue
 from tasks.tracking import masked
 
-MARK = Path(".rlhf/waits.json")  # in a workspace
+MARK = WAIT_FILE
 ARTIFACT, TITLE = "rlhf-labels", "Labels that are missing"
 
 
@@ -56,6 +58,7 @@ class Waiting(BaseModel):
     jobs: list[Job]
     form: str  # the key of its answers
     until: float  # POSIX seconds; then Prefect's server gives the run up
+    server: str = ""  # Prefect's, that knows the run
 
 
 def may_suspend() -> bool:
@@ -91,8 +94,8 @@ def suspend(workspace: Workspace, jobs: list[Job], days: float) -> None:
     """End this process; resumed, the flow begins anew in the same workspace, where what is done stays done."""
     text = in_markdown(lacking(workspace.path, home_of(workspace.repository), jobs))
     create_markdown_artifact(text, key=ARTIFACT, description=TITLE)
-    waiting = Waiting(jobs=jobs, form=uuid.uuid4().hex, until=time.time() + days * 86400)
-    (workspace.path / MARK).write_text(waiting.model_dump_json())
+    waiting = Waiting(jobs=jobs, form=uuid.uuid4().hex, until=time.time() + days * 86400, server=server())
+    (workspace.path / MARK).write_text(waiting.model_dump_json(), encoding="utf-8")
     suspend_flow_run(
         wait_for_input=Resume.with_initial_data(description=text),
         key=waiting.form,  # never used before, else Prefect would take it for a suspension that is over
@@ -100,12 +103,16 @@ def suspend(workspace: Workspace, jobs: list[Job], days: float) -> None:
     )
 
 
+def server() -> str:
+    return get_current_settings().api.url or ""
+
+
 def resumed(workspace: Workspace) -> Waiting | None:
     """What this run waited for until somebody resumed it; it does not wait any more."""
     mark = workspace.path / MARK
     if not mark.exists():
         return None
-    waiting = Waiting.model_validate_json(mark.read_text())
+    waiting = Waiting.model_validate_json(mark.read_text(encoding="utf-8"))
     mark.unlink()
     return waiting
 
@@ -124,7 +131,7 @@ def jobs_of(report: Report) -> list[Job]:
 def waits_until(workspace: Path) -> float:
     """When nobody will wait for the labels of this run any more; 0 where nobody does."""
     with suppress(FileNotFoundError):
-        return Waiting.model_validate_json((workspace / MARK).read_text()).until
+        return Waiting.model_validate_json((workspace / MARK).read_text(encoding="utf-8")).until
     return 0.0
 
 
@@ -158,32 +165,50 @@ def in_markdown(missing: Mapping[Job, Progress]) -> str:
 
 
 def resume_those_with_labels(home: Path) -> list[str]:
-    """Resume the runs that lack nothing any more, and say of the others what is missing. Returns those that go on."""
+    """Resume the runs that lack nothing any more, and say of the others what is missing. Returns those that go on.
+    Queues of runs that are over, or that Prefect's server has deleted, are closed."""
     found: list[str] = []
-    marks = sorted(home.glob(f"{WORKSPACES}/*/{MARK}"))
-    if not marks:
+    queues = {file.parents[len(QUEUES.parts)] for file in home.glob(f"{WORKSPACES}/*/{QUEUES}/*.json")}
+    workspaces = sorted(queues | {mark.parents[1] for mark in home.glob(f"{WORKSPACES}/*/{MARK}")})
+    if not workspaces:
         return found
     with get_client(sync_client=True) as client:
-        for mark in marks:
-            workspace = mark.parents[1]
+        for workspace in workspaces:
             try:
-                with suppress(ObjectNotFound):  # another server's
-                    if look_at(client.read_flow_run(UUID(workspace.name)), workspace, home, client):
-                        found.append(workspace.name)
+                if look_at(run_of(workspace, client), workspace, home, client):
+                    found.append(workspace.name)
             except Exception as error:  # one run that cannot be looked at must not keep the others waiting
                 print(f"warning: the run {workspace.name}, which waits: {masked(str(error))}", file=sys.stderr)
     return found
 
 
-def look_at(run: FlowRun, workspace: Path, home: Path, client: SyncPrefectClient) -> bool:
-    """Whether the run goes on."""
-    waiting = Waiting.model_validate_json((workspace / MARK).read_text())
-    if run.state is None or run.state.is_final():  # cancelled, or given up: nobody should label for it any more
-        for job in waiting.jobs:
-            (workspace / QUEUES / f"{job}.json").unlink(missing_ok=True)
-        (workspace / MARK).unlink()
+def run_of(workspace: Path, client: SyncPrefectClient) -> FlowRun | None:
+    with suppress(ObjectNotFound, ValueError):  # ValueError: the workspace bears no run's name
+        return client.read_flow_run(UUID(workspace.name))
+    return None
+
+
+def close_queues(workspace: Path) -> None:
+    """Nobody should label for it any more."""
+    for job in LABELS:
+        close_queue(job, workspace)
+    (workspace / MARK).unlink(missing_ok=True)
+
+
+def look_at(run: FlowRun | None, workspace: Path, home: Path, client: SyncPrefectClient) -> bool:
+    """Whether the run goes on. One that cannot be suspended has ended with its queue open: what people do is the next
+    start's."""
+    mark = workspace / MARK
+    waiting = Waiting.model_validate_json(mark.read_text(encoding="utf-8")) if mark.exists() else None
+    if run is None:
+        if waiting and waiting.server == server():  # deleted; of another server nothing is known
+            close_queues(workspace)
         return False
-    if run.state.name != "Suspended":
+    if run.state is None or run.state.is_final():
+        if run.state is None or run.state.name != WAITS:
+            close_queues(workspace)
+        return False
+    if not waiting or run.state.name != "Suspended":
         return False
     missing = lacking(workspace, home, waiting.jobs)
     if not any(told.missing for told in missing.values()):

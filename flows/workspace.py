@@ -128,7 +128,7 @@ class Workspace:
 
     def changed(self, path: Path) -> bool:
         """Whether what is committed there is other than at the start."""
-        start = (self.path / START).read_text()
+        start = (self.path / START).read_text(encoding="utf-8")
         return bool(git(self.path, "diff", "--name-only", start, "HEAD", "--", str(path)))
 
     def advance(self, branch: str) -> None:
@@ -223,7 +223,7 @@ def open_workspace(id: str, revision: str = "HEAD", repository: str = ".", adopt
             if adopt:
                 _adopt_checkpoints(workspace)
             (workspace.path / START).parent.mkdir(exist_ok=True)
-            (workspace.path / START).write_text(commit)
+            (workspace.path / START).write_text(commit, encoding="utf-8")
         yield workspace
 
 
@@ -295,7 +295,7 @@ def _point_dvc_to_shared_store(workspace: Workspace) -> None:
         config.set(section, key, value)
     local = workspace.path / ".dvc/config.local"
     local.touch(mode=0o600)  # it may hold what the repository's own holds: credentials
-    with local.open("w") as file:
+    with local.open("w", encoding="utf-8") as file:
         config.write(file)
 
 
@@ -373,7 +373,7 @@ def _run(command: list[str], folder: Path, text: str | None = None) -> subproces
         cwd=folder,
         env=os.environ | {"PATH": path, "GIT_TERMINAL_PROMPT": "0"},  # nobody is there to type a password
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         input=text,
         check=False,
     )

@@ -143,7 +143,9 @@ class Store:
                     return {}
                 except OSError as error:
                     raise UserError(str(error)) from None
-                self._listings[md5] = {entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text())}
+                self._listings[md5] = {
+                    entry["relpath"]: entry["md5"] for entry in json.loads(file.read_text(encoding="utf-8"))
+                }
         return self._listings[md5]
 
     def put_within(self, hashes: dict[str, str], path: str, folder: Path) -> Path:
@@ -174,7 +176,7 @@ class Store:
     def _from_git(self, path: str, md5: str, target: Path) -> bool:
         """Reports are in git, on the branch of their run."""
         log = ["git", "log", "--all", "--format=%H", "--", path]
-        commits = subprocess.run(log, cwd=self.repository, capture_output=True, text=True, check=True)
+        commits = subprocess.run(log, cwd=self.repository, capture_output=True, encoding="utf-8", check=True)
         for commit in commits.stdout.split():
             shown = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=self.repository, capture_output=True)  # noqa: PLW1510
             if hashlib.md5(shown.stdout, usedforsecurity=False).hexdigest() == md5:
@@ -203,11 +205,11 @@ def stages_at(repository: Path, commit: str) -> tuple[dict[str, StageSpec], bool
     """(the stages as dvc.yaml had them at the commit, True), or as it has them now, and False where git has no such
     commit."""
     command = ["git", "show", f"{commit}:dvc.yaml"]
-    told = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    told = subprocess.run(command, cwd=repository, capture_output=True, encoding="utf-8", check=False)
     if not commit or told.returncode:
         return load_stages(repository), False
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "dvc.yaml").write_text(told.stdout)
+        (Path(folder) / "dvc.yaml").write_text(told.stdout, encoding="utf-8")
         return load_stages(Path(folder)), True
 
 

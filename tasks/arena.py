@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tasks.chat import NAMES, Chat, default_model, load
 from tasks.conversations import Conversation, single, text_of
 from tasks.datasets import Prompt, Vote, prompt_id, read_rows
-from tasks.labels.label_file import append, recorded
+from tasks.labels.label_file import append, recorded, take_back
 from tasks.lineage import hash_path
+from tasks.program import ends_well
 from tasks.registry import whoami
 from tasks.stage import UserError
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 LABELS = Path("data/labels/arena.jsonl")
 PROMPTS = Path("data/prepared/prompts/reward.jsonl")  # to draw from: labels of held-out ones would be a leak
+SIDES = ("A", "B")
 FIRST, EQUAL, SECOND = [1, 2], [1, 1], [2, 1]  # ranks of the left and of the right answer
 
 
@@ -147,6 +149,12 @@ class Arena:
         append(vote, self.path)
         self.votes.append(vote)
 
+    def take_back(self, vote: Vote) -> bool:
+        """False: somebody has removed it from the file already."""
+        removed = take_back(vote, self.path)
+        self.votes.remove(vote)
+        return removed
+
     def verdict(self, vote: Vote) -> str:
         """HTML: which model was which, and how the two stand."""
         names = [contestant.name for contestant in self.contestants]
@@ -155,7 +163,7 @@ class Arena:
         same = " It was one model against itself: what you saw is its noise." if left == right else ""
         score = ", ".join(f"<b>{escape(name)}</b> {count}" for name, count in wins.items())
         return (
-            f"<p>Saved. Answer 1 was <b>{left}</b>, answer 2 <b>{right}</b>.{same}</p>"
+            f"<p>Saved. Answer A was <b>{left}</b>, answer B <b>{right}</b>.{same}</p>"
             f"<p>Wins so far: {score}; ties: {ties}.</p>"
         )
 
@@ -167,16 +175,28 @@ def words_of(text: str) -> str:
 
 CSS = """
 .gradio-container {width: 100%; max-width: 1100px !important; margin: 0 auto !important}
+.gradio-container, .gradio-container :has(#votes) {overflow: visible !important}
+#votes {position: sticky; bottom: 0; z-index: 4; padding: 0.5rem 0; background: var(--body-background-fill)}
+#votes, #last {flex-wrap: nowrap !important; gap: 0.5rem}
+#votes button {min-width: 0; min-height: 2.75rem}
+#votes button:enabled {border: 1px solid var(--color-accent)}
+#last, #ask-row {align-items: center}
 #verdict .refused {color: var(--error-text-color)}
 #verdict {overflow-wrap: anywhere}
+@media (hover: none), (pointer: coarse) {.by-key {display: none}}
 """
-# 1, 2 and 0 or = vote, but not while a text is being written
+# A, B and T vote, U takes back, but not while a text is being written; a double click votes once
 KEYS = """<script>
 document.addEventListener("keydown", (event) => {
-  const id = {"1": "first", "0": "equal", "=": "equal", "2": "second"}[event.key];
-  if (!id || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea:enabled")) return;
+  const ids = {a: "first", 1: "first", t: "equal", 0: "equal", "=": "equal", b: "second", 2: "second", u: "undo"};
+  const id = ids[event.key.toLowerCase()];
+  if (!id || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.closest("input, textarea:enabled")) return;
   document.getElementById(id).click();
 });
+document.addEventListener("click", (event) => {
+  if (event.detail > 1 && event.target.closest("#votes")) { event.preventDefault(); event.stopPropagation(); }
+}, true);
 </script>"""
 
 
@@ -186,27 +206,42 @@ def page(arena: Arena, labeler: str) -> gradio.Blocks:
     blocks = gr.Blocks(title="Arena", analytics_enabled=False, fill_width=True)
     with blocks:
         shown = gr.State()  # the round that can be voted on; Gradio keeps it on the server
+        last = gr.State()  # the vote that can be taken back
+        count = gr.State(0)  # of votes here: each new one brings the next pair
+        asked = gr.State("")  # what was asked last
         gr.HTML(
             "<h1>Which answer is better?</h1>"
-            "<p>Two models answer one prompt. Your vote is saved as a label; then you see which model was which.</p>"
+            "<p>Two models answer one prompt. Your vote is saved as a label, you see which model was which, and the "
+            "next pair comes by itself.<span class=by-key> By key: A, T, B; U takes the last vote back.</span></p>"
         )
-        with gr.Row():
-            with gr.Column(scale=3, min_width=240):
-                prompt = gr.Textbox(label="Prompt", lines=7, max_lines=16, elem_id="prompt")
-            with gr.Column(scale=1, min_width=200):
-                name = gr.Textbox(labeler, label="Your name", elem_id="name", max_lines=1)
-                draw = gr.Button("Draw a prompt", elem_id="draw", interactive=bool(arena.prompts))
-                ask = gr.Button("Ask both models", elem_id="ask", variant="primary")
+        with gr.Row(elem_id="ask-row"):
+            name = gr.Textbox(labeler, label="Your name", elem_id="name", max_lines=1, scale=2, min_width=140)
+            draw = gr.Button(
+                "Next pair", elem_id="draw", variant="primary", interactive=bool(arena.prompts), min_width=110
+            )
+            ask = gr.Button("Ask this prompt", elem_id="ask", min_width=110)
+        prompt = gr.Textbox(label="Prompt, drawn or your own", lines=4, max_lines=10, elem_id="prompt")
         with gr.Row():
             answers = [
-                gr.Textbox(label=f"Answer {n}", lines=8, max_lines=30, elem_id=f"answer{n}", interactive=False)
-                for n in (1, 2)
+                gr.Textbox(
+                    label=f"Answer {side}",
+                    lines=6,
+                    max_lines=30,
+                    elem_id=f"answer{side}",
+                    interactive=False,
+                    min_width=300,  # below each other on a phone
+                )
+                for side in SIDES
             ]
-        with gr.Row(equal_height=True):
-            choices = [("1 is better", "first", FIRST), ("Equal", "equal", EQUAL), ("2 is better", "second", SECOND)]
-            buttons = [gr.Button(text, elem_id=id, interactive=False, min_width=90) for text, id, _ in choices]
-        gr.HTML("<small>Or by key: 1, 0 or =, 2</small>")
-        verdict = gr.HTML(elem_id="verdict")
+        with gr.Row(equal_height=True, elem_id="votes"):
+            choices = [("A is better", "first", FIRST), ("Tie", "equal", EQUAL), ("B is better", "second", SECOND)]
+            buttons = [gr.Button(text, elem_id=id, interactive=False, min_width=80) for text, id, _ in choices]
+        with gr.Row(elem_id="last"):
+            verdict = gr.HTML(elem_id="verdict")
+            undo = gr.Button("Undo", elem_id="undo", interactive=False, scale=0, min_width=80)
+        outputs = [shown, last, count, asked, prompt, verdict, undo, *answers, *buttons]
+
+        as_it_was: dict[Any, Any] = {verdict: gr.skip()}
 
         def refused(reason: object) -> dict[Any, Any]:
             return {verdict: f"<p class=refused>{escape(str(reason))}</p>"}
@@ -216,10 +251,12 @@ def page(arena: Arena, labeler: str) -> gradio.Blocks:
 
         def start(text: str) -> Generator[dict[Any, Any]]:
             if not text.strip():
-                yield refused("Write a prompt, or draw one.")
+                yield refused("Write a prompt, or take the next pair.")
                 return
-            cleared = {answer: gr.Textbox("", label=f"Answer {n}") for n, answer in enumerate(answers, start=1)}
-            yield {shown: None, verdict: "", **cleared, **voting(False)}
+            cleared = {
+                answer: gr.Textbox("", label=f"Answer {side}") for side, answer in zip(SIDES, answers, strict=True)
+            }
+            yield {shown: None, asked: text, **cleared, **voting(False)}
             current = arena.round(text.strip())
             try:
                 for texts in current.answers():
@@ -228,9 +265,20 @@ def page(arena: Arena, labeler: str) -> gradio.Blocks:
             except UserError as error:
                 yield refused(error)
 
-        def cast(current: Round | None, labeler: str, ranks: list[int]) -> dict[Any, Any]:
-            if current is None:
-                return refused("There are no answers to vote on; ask first.")
+        def drawn() -> Generator[dict[Any, Any]]:
+            text = arena.draw()
+            yield {prompt: text}
+            yield from start(text)
+
+        def follow(text: str, asked_before: str) -> Generator[dict[Any, Any]]:
+            if text == asked_before:
+                yield from drawn()
+            else:  # somebody is writing their own
+                yield as_it_was
+
+        def cast(current: Round | None, labeler: str, cast_before: int, ranks: list[int]) -> dict[Any, Any]:
+            if current is None:  # a second click on a pair that has its vote
+                return as_it_was
             if not labeler.strip():
                 return refused("Your name is empty: say who votes.")
             vote = current.vote(ranks, labeler.strip())
@@ -239,32 +287,49 @@ def page(arena: Arena, labeler: str) -> gradio.Blocks:
             except OSError as error:
                 return refused(f"The vote is not saved: {error}. Mend that and vote again.")
             titles = {
-                answer: gr.Textbox(label=f"Answer {n}: {model}")
-                for n, answer, model in zip((1, 2), answers, vote.models, strict=True)
+                answer: gr.Textbox(label=f"Answer {side}: {model}")
+                for side, answer, model in zip(SIDES, answers, vote.models, strict=True)
             }
-            return {shown: None, verdict: arena.verdict(vote), **titles, **voting(False)}
+            told = {verdict: arena.verdict(vote), undo: gr.Button(interactive=True)}
+            return {shown: None, last: vote, count: cast_before + 1, **told, **titles, **voting(False)}
 
-        draw.click(arena.draw, outputs=prompt, api_visibility="private")
+        def take_back_last(vote: Vote | None) -> dict[Any, Any]:
+            if vote is None:
+                return as_it_was
+            try:
+                removed = arena.take_back(vote)
+            except OSError as error:
+                return refused(f"The vote is not removed: {error}. Mend that and try again.")
+            # not to be voted on anew: who voted has seen which model was which
+            text = "Your last vote is removed." if removed else "That vote is not there any more."
+            return {last: None, verdict: f"<p>{text}</p>", undo: gr.Button(interactive=False)}
+
         # one round at a time; other voters wait in Gradio's queue
-        gr.on(
-            [ask.click, prompt.submit],
-            start,
-            inputs=prompt,
-            outputs=[shown, verdict, *answers, *buttons],
-            concurrency_limit=1,
-            api_visibility="private",
-            show_progress="minimal",
-        )
+        answering: dict[str, Any] = {
+            "outputs": outputs,
+            "concurrency_id": "rounds",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress": "minimal",
+        }
+        next_pair = [draw.click(drawn, **answering)]
+        if arena.prompts:
+            next_pair.append(count.change(follow, inputs=[prompt, asked], **answering))
+        gr.on([ask.click, prompt.submit], start, inputs=prompt, cancels=next_pair, **answering)
+        saving: dict[str, Any] = {
+            "outputs": outputs,
+            "concurrency_id": "votes",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress": "hidden",
+        }
         for button, (*_, ranks) in zip(buttons, choices, strict=True):
             button.click(
-                lambda current, labeler, ranks=ranks: cast(current, labeler, ranks),
-                inputs=[shown, name],
-                outputs=[shown, verdict, *answers, *buttons],
-                concurrency_id="votes",
-                concurrency_limit=1,
-                api_visibility="private",
-                show_progress="hidden",
+                lambda current, labeler, cast_before, ranks=ranks: cast(current, labeler, cast_before, ranks),
+                inputs=[shown, name, count],
+                **saving,
             )
+        undo.click(take_back_last, inputs=last, **saving)
     return blocks
 
 
@@ -310,6 +375,7 @@ def contestants(a: str, b: str) -> tuple[list[Contestant], int]:
     return found, min(one.max_new_tokens for one in loaded)
 
 
+@ends_well(installs_gradio="make arena")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tasks.arena",
@@ -328,24 +394,13 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= arguments.temperature < math.inf:
         parser.error("--temperature must be 0 or more")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        names = arguments.a or default_model(), arguments.b or "sft"
-        print(f"loading {' and '.join(names)} ...", file=sys.stderr)
-        pair, usual = contestants(*names)
-        if pair[0].name == pair[1].name:
-            print(f"note: both are {pair[0].name}: the votes will show its noise, and no winner", file=sys.stderr)
-        arena = Arena(pair, arguments.file, arguments.max_new_tokens or usual, arguments.temperature)
-        serve(page(arena, arguments.name or whoami()), arguments.port)
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        print("error: the page needs gradio, which is not installed; `make arena` installs it.", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+    names = arguments.a or default_model(), arguments.b or "sft"
+    print(f"loading {' and '.join(names)} ...", file=sys.stderr)
+    pair, usual = contestants(*names)
+    if pair[0].name == pair[1].name:
+        print(f"note: both are {pair[0].name}: the votes will show its noise, and no winner", file=sys.stderr)
+    arena = Arena(pair, arguments.file, arguments.max_new_tokens or usual, arguments.temperature)
+    serve(page(arena, arguments.name or whoami()), arguments.port)
     return 0
 
 

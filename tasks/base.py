@@ -71,7 +71,7 @@ def load_source(params: Base, scratch: Path) -> tuple[Any, Any]:
 def fetch_wheel(requirement: str, scratch: Path) -> Path:
     """Download the wheel with pip: from the package index that pip is configured for, or from pip's cache."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    result = subprocess.run([*command, "--quiet", requirement], check=False, capture_output=True, text=True)
+    result = subprocess.run([*command, "--quiet", requirement], check=False, capture_output=True, encoding="utf-8")
     wheels = list(scratch.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         reasons = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()[-3:]

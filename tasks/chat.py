@@ -183,7 +183,7 @@ def load_folder(name: str) -> Loaded:
 
     folder = Path(name)
     try:
-        kinds = json.loads((folder / "config.json").read_text()).get("architectures") or []
+        kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
         if any(kind.endswith("ForSequenceClassification") for kind in kinds):
             raise UserError(f"{name} is a reward or value model: it scores answers, and gives none.")
         return Loaded(name, load_language_model(folder), load_tokenizer(folder), FOLDER_LIMIT)

@@ -97,7 +97,7 @@ class Checkpoints:
 
     def _write(self, folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         save_file(_separate(tensors), folder / TENSORS)
-        (folder / FACTS).write_text(json.dumps(facts))
+        (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         files = {
             path.name: {"size": path.stat().st_size, "sha256": _sha256(path)}
             for path in (folder / TENSORS, folder / FACTS)
@@ -109,14 +109,14 @@ class Checkpoints:
             "written": time.time(),
             "files": files,
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             _flush(path)
 
     def _read(self, path: Path) -> Checkpoint:
         """_RefusedError says why it cannot be used."""
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             if manifest["format"] != FORMAT:
                 raise _RefusedError(f"its format is {manifest['format']}, and this code reads {FORMAT}")
             if manifest["fingerprint"] != self.fingerprint:
@@ -129,7 +129,7 @@ class Checkpoints:
                     raise _RefusedError(f"{file.name} is torn, {size} of {told['size']} bytes")
                 if _sha256(file) != told["sha256"]:
                     raise _RefusedError(f"{file.name} is damaged, its checksum is wrong")
-            facts = json.loads((path / FACTS).read_text())
+            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
             return Checkpoint(manifest["step"], load_file(path / TENSORS), facts, float(manifest["written"]))
         except FileNotFoundError as error:
             raise _RefusedError(f"{Path(error.filename).name} is missing") from None

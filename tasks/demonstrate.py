@@ -28,7 +28,7 @@ from tasks.datasets import (
 )
 from tasks.labels.judgments import SIMULATED, WrittenDemonstration, item_id, seconds_of
 from tasks.labels.people import Joined, ask_people, tell_not_used
-from tasks.labels.queue import Item, Queue, close_queue, labels_wanted
+from tasks.labels.queue import Item, Queue, close_queue, labels_wanted, with_origin
 from tasks.labels.simulated import choose_labeler, demonstrate, generator
 from tasks.params import Params
 from tasks.stage import Stage, UserError
@@ -120,7 +120,7 @@ def by_people(stage: Stage) -> Collected:
         )
     queue = queue_of(choose_prompts(prompts, params.demonstrate.prompts, params.seed), params)
     written = read_rows(stage.dep("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
-    joined = ask_people(queue, written, params.demonstrate.human, stage.root)
+    joined = ask_people(with_origin(queue, stage), written, params.demonstrate.human, stage.root)
     tell_unused_recorded(stage)
     demonstrations, too_long = that_fit(joined, queue, stage)
     flaws: dict[str, list[str]] = {}

@@ -79,7 +79,7 @@ def run(stage: Stage) -> None:
     answers = {name: judge(given[name], tickets) for name in MODELS}
 
     figures = summarize(answers, params.seed, times)
-    kept = json.loads(stage.dep("data/reports/ppo/metrics.json").read_text())["ppo"]["kept_update"]
+    kept = json.loads(stage.dep("data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]["kept_update"]
     curve, turn = over_optimisation(
         on_the_way, under_base, several, tickets, params.baseline.best_of, times, params.seed
     )

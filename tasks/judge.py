@@ -64,7 +64,8 @@ def run(stage: Stage) -> None:
     settings = params.judge
     rankings = read_rows(stage.dep("data/collected/rankings") / "rankings.jsonl", Ranking)
     samples = read_rows(stage.dep("data/reports/evaluation/samples.jsonl"), SideBySide)
-    ceiling = json.loads(stage.dep("data/reports/rank/metrics.json").read_text())["rank"]["noise_ceiling"]
+    ranked = json.loads(stage.dep("data/reports/rank/metrics.json").read_text(encoding="utf-8"))
+    ceiling = ranked["rank"]["noise_ceiling"]
 
     verdicts: list[Verdict] = []
     figures: dict[str, Any] = {"used": 0}

@@ -133,7 +133,7 @@ def _version(package: str) -> str:
 def _cpu() -> str:
     """The model, with the widest vector instructions: they decide which of MKL's kernels runs."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or "unknown"
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -146,7 +146,8 @@ def git_state(root: Path = Path()) -> tuple[str, bool]:
     """(commit, whether tracked files differ from it); ("none", True) where there is no repository or no commit yet."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *args], cwd=root, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout.strip()
 
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))

@@ -61,7 +61,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, checked against the fingerprint written beside it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    expected = (folder / FINGERPRINT_FILE).read_text().strip()
+    expected = (folder / FINGERPRINT_FILE).read_text(encoding="utf-8").strip()
     actual = tokenizer_fingerprint(tokenizer)
     if actual != expected:
         raise UserError(
@@ -73,7 +73,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def require_same_tokenizer(*folders: Path) -> None:
     """Models that work together must read text alike, and so must data that were prepared for them."""
-    fingerprints = {folder: (folder / FINGERPRINT_FILE).read_text().strip() for folder in folders}
+    fingerprints = {folder: (folder / FINGERPRINT_FILE).read_text(encoding="utf-8").strip() for folder in folders}
     if len(set(fingerprints.values())) > 1:
         listed = ", ".join(f"{folder}: {fingerprint}" for folder, fingerprint in fingerprints.items())
         raise UserError(
@@ -121,7 +121,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model folder. Small shards, so that layers which training left alone are the same file in DVC's cache."""
     model.save_pretrained(folder, max_shard_size="64MB")
     tokenizer.save_pretrained(folder)
-    (folder / FINGERPRINT_FILE).write_text(tokenizer_fingerprint(tokenizer) + "\n")
+    (folder / FINGERPRINT_FILE).write_text(tokenizer_fingerprint(tokenizer) + "\n", encoding="utf-8")
 
 
 def load_language_model(folder: Path) -> Any:

@@ -34,7 +34,7 @@ from tasks.labels.agreement import Agreement, measure, nobody, page, pair_marks
 from tasks.labels.checks import run_checks
 from tasks.labels.judgments import SIMULATED, JudgedRanking, item_id
 from tasks.labels.people import ask_people, rankings_of, tell_not_used
-from tasks.labels.queue import Item, Queue, close_queue, labels_wanted
+from tasks.labels.queue import Item, Queue, close_queue, labels_wanted, with_origin
 from tasks.labels.simulated import choose_labeler, generator, opinion, rank
 from tasks.params import Labeler, Params
 from tasks.stage import Stage, UserError
@@ -114,7 +114,7 @@ def by_people(stage: Stage) -> Collected:
     samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
     judged = read_rows(stage.dep("data/labels/rankings.jsonl"), JudgedRanking, may_be_empty=True)
     queue = queue_of(samples, params)
-    joined = ask_people(queue, judged, params.rank.human, stage.root)
+    joined = ask_people(with_origin(queue, stage), judged, params.rank.human, stage.root)
     tell_unused_recorded(stage)
     held_out = by_share(params)
     rankings, apart = rankings_of(joined, params.rank.human, held_out)

@@ -44,7 +44,9 @@ REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", 
 
 def run(stage: Stage) -> None:
     folders = {name: stage.dep(f"data/models/{name}") for name in MODELS}
-    reports = {name: json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text()) for name in REPORTS}
+    reports = {
+        name: json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text(encoding="utf-8")) for name in REPORTS
+    }
     hashes = {name: hash_path(folder) for name, folder in folders.items()}
     samples = stage.dep("data/reports/evaluation/samples.jsonl")
     stores = dvc_stores(stage.root)

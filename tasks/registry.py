@@ -10,7 +10,6 @@ A policy's version names the SFT and the reward version that it came with; the t
 from __future__ import annotations
 
 import argparse
-import getpass
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.stage import UserError
-from tasks.tracking import connect, masked, mlflow_told, tracking_uri
+from tasks.tracking import account, connect, masked, mlflow_told, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -218,8 +217,8 @@ def promoted(version: ModelVersion) -> str:
 
 def whoami() -> str:
     """As git knows the person, else the account."""
-    done = subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or getpass.getuser()
+    done = subprocess.run(["git", "config", "user.name"], capture_output=True, encoding="utf-8", check=False)
+    return done.stdout.strip() or account()
 
 
 def main(argv: list[str] | None = None) -> int:

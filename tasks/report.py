@@ -31,7 +31,9 @@ SHOWN = 20
 
 def run(stage: Stage) -> None:
     names = ("prepare", "demonstrate", "sft", "sample", "rank", "reward", "ppo", "evaluation", "judge")
-    reports = {name: json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text()) for name in names}
+    reports = {
+        name: json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text(encoding="utf-8")) for name in names
+    }
     tables = {
         **{name: table(stage.dep(f"data/reports/evaluation/{name}.csv")) for name in ("slices", "overoptimisation")},
         **{f"reward {name}": table(stage.dep(f"data/reports/reward/{name}.csv")) for name in REWARD_TABLES},
@@ -47,7 +49,7 @@ def run(stage: Stage) -> None:
         ("policy", stage.dep("data/models/policy")),
     ]
     drawn = draw(tables, rows, int(reports["ppo"]["ppo"]["kept_update"]))
-    registered = json.loads(stage.dep("data/reports/registered.json").read_text())
+    registered = json.loads(stage.dep("data/reports/registered.json").read_text(encoding="utf-8"))
     facts = {
         "parameters": flat_params(stage.params, stage.spec.params),
         "figures": main_figures(reports),
@@ -154,7 +156,7 @@ def main_figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def committed(root: Path) -> dict[str, Any]:
     """The facts of the report that git has at HEAD; {} where it has none."""
     shown = subprocess.run(
-        ["git", "show", "HEAD:data/reports/report.html"], cwd=root, capture_output=True, text=True, check=False
+        ["git", "show", "HEAD:data/reports/report.html"], cwd=root, capture_output=True, encoding="utf-8", check=False
     )
     found = re.search(r'<script type="application/json" id="facts">(.*?)</script>', shown.stdout, re.DOTALL)
     facts: dict[str, Any] = json.loads(found[1]) if found else {}

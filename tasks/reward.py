@@ -60,7 +60,8 @@ def run(stage: Stage) -> None:
     collected = stage.dep("data/collected/demonstrations")
     require_same_tokenizer(collected, folder)
     demonstrations = read_rows(collected / "demonstrations.jsonl", Demonstration)
-    ceiling = json.loads(stage.dep("data/reports/rank/metrics.json").read_text())["rank"]["noise_ceiling"]
+    ranked = json.loads(stage.dep("data/reports/rank/metrics.json").read_text(encoding="utf-8"))
+    ceiling = ranked["rank"]["noise_ceiling"]
     training = [row for row in rankings if not row.held_out and has_order(row)]
     training = [row for row in training if stable_share(stage.params.seed, "labels", row.id) < params.label_share]
     held_out = [row for row in rankings if row.held_out and has_order(row)]

@@ -158,6 +158,14 @@ def connect() -> MlflowClient:
         return mlflow.MlflowClient(uri, uri)
 
 
+def account() -> str:
+    """The name of whoever runs this; a number where the system has no name for it, as in many a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 def masked(text: str) -> str:
     """The text without passwords in its addresses."""
     return re.sub(r"//[^/@\s]+@", "//***@", text)
@@ -351,7 +359,7 @@ def _start_event(journal_id: str, spec: StageSpec, params: Params) -> Event:
         "mlflow.source.name": spec.cmd,
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit,
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": account(),
     }
     for tag, variable in {
         "prefect.flow_run_id": "RLHF_FLOW_RUN_ID",

@@ -26,7 +26,7 @@ from tasks.lineage import load_stages
 
 
 class Ran(NamedTuple):
-    killed: bool
+    killed: bool = False
     calls: int = 0  # all that were counted
     spans: Mapping[str, list[tuple[int, int]]] = MappingProxyType({})  # of each phase: the counts at start and end
 
@@ -36,10 +36,19 @@ class Ran(NamedTuple):
         return self.spans[Checkpoints.save.__qualname__]
 
 
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as tasks/run.py sets it before torch is imported
 # One server process imports what takes long, once; each run is a fork of it and starts in a moment
 _context: Any = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama", "peft", "pytest", "tasks.params"]
+    [
+        "trl.trainer.sft_trainer",
+        "transformers.models.llama.modeling_llama",
+        "peft",
+        "pytest",
+        "tasks.params",
+        "mlflow.artifacts",
+        "mlflow.store.tracking.sqlalchemy_store",
+    ]
 )
 
 
@@ -54,15 +63,23 @@ def run_apart(
     phases: functions whose spans are noted.
     """
     receiver, sender = _context.Pipe(duplex=False)
-    process = _context.Process(target=_run, args=(sender, kill_at, phases, work, *arguments))
-    process.start()
-    sender.close()
-    process.join()
-    if process.exitcode == -signal.SIGKILL:
+    if not _ended(_context.Process(target=_counted, args=(sender, kill_at, phases, work, *arguments)), work):
         return Ran(killed=True)
-    assert process.exitcode == 0, f"{work.__name__} ended with exit code {process.exitcode}"
     ran: Ran = receiver.recv()
     return ran
+
+
+def finish_apart(work: Callable[..., None], *arguments: Any) -> None:
+    """The same to its end without counting, which makes a run of tiny models some times slower."""
+    assert _ended(_context.Process(target=_run, args=(work, *arguments)), work)
+
+
+def _ended(process: Any, work: Callable[..., None]) -> bool:
+    """By itself, and not by SIGKILL."""
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), f"{work.__name__} ended with exit code {process.exitcode}"
+    return bool(process.exitcode == 0)
 
 
 def moments(ran: Ran, seed: int, anywhere: int, while_saving: int) -> list[int]:
@@ -94,7 +111,10 @@ def kill_and_finish(
         for kill_at in (first, ran.calls // 3, None):  # killed, killed again, and then to the end
             resumed += any(root.glob(f".rlhf/checkpoints/{stage}/*/step-*"))
             half_written += any(root.glob(f".rlhf/checkpoints/{stage}/*/.tmp-*"))
-            kills += run_apart(work, root, kill_at=kill_at).killed
+            if kill_at is None:
+                finish_apart(work, root)
+            else:
+                kills += run_apart(work, root, kill_at=kill_at).killed
         assert written_by(root, stage) == expected, f"killed at {first}, then at {ran.calls // 3}"
     assert kills >= 10
     assert resumed >= 6
@@ -111,19 +131,23 @@ def written_by(root: Path, stage: str) -> dict[str, str]:
     }
 
 
-def _run(
+def _run(work: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)  # tiny models gain nothing by more, and lose where the machine is busy
+    work(*arguments)
+
+
+def _counted(
     sender: Connection,
     kill_at: int | None,
     phases: tuple[Callable[..., Any], ...],
     work: Callable[..., None],
     *arguments: Any,
 ) -> None:
-    torch.set_num_threads(1)  # tiny models gain nothing by more, and lose where the machine is busy
     counter = _Counter(kill_at, phases)
     sys.setprofile(counter)
-    work(*arguments)
+    _run(work, *arguments)
     sys.setprofile(None)
-    sender.send(Ran(False, counter.calls, counter.spans))
+    sender.send(Ran(calls=counter.calls, spans=counter.spans))
 
 
 class _Counter:

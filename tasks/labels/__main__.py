@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.datasets import read_rows
+from tasks.labels.closed import why_closed
 from tasks.labels.judgments import labeler_name
 from tasks.labels.label_studio import export, read_exports, save
 from tasks.labels.queue import LABELS, done_by_all, progress, queue_files, read_queue, somebody_else
@@ -37,6 +39,9 @@ def status() -> tuple[Table, list[str]]:
         queue = read_queue(file)
         path, row_type = LABELS[queue.job]
         judgments = read_rows(path, row_type, may_be_empty=True) if path.exists() else []
+        if why := why_closed(file, queue, time.time()):
+            hints.append(f"{queue.job}: {file} is closed: nobody asks for its labels any more. {why}")
+            continue
         told = progress(queue, judgments)
         figures = (told.items, told.done, told.judgments, told.missing, told.skipped, told.set_aside)
         table.add_row(queue.job, *map(str, figures), str(file))

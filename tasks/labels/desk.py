@@ -22,10 +22,11 @@ from pydantic import ValidationError
 
 from tasks.conversations import Conversation
 from tasks.datasets import Row
+from tasks.labels.closed import folder_of, why_closed
 from tasks.labels.judgments import GUIDELINES, Flag, JudgedRanking, Judgment, WrittenDemonstration, version_of
 from tasks.labels.label_file import append, recorded
 from tasks.labels.people import as_judged, by_content
-from tasks.labels.queue import LABELS, QUEUES, Item, Job, Queue, queue_files, read_queue, still_wanted
+from tasks.labels.queue import LABELS, Item, Job, Queue, queue_files, read_queue, stamp, still_wanted
 from tasks.stage import UserError
 
 LEASES = Path(".rlhf/labelling/leases.json")
@@ -128,6 +129,7 @@ class OpenQueue:
     queue: Queue
     items: dict[str, Item]
     lacks: dict[str, int] = field(default_factory=dict)  # judgments that each item lacks
+    why_closed: str = ""  # nobody asks for them any more
 
 
 class Desk:
@@ -303,6 +305,12 @@ class Desk:
                 }
             return told
 
+    def closed(self) -> dict[Job, str]:
+        """The jobs that have queues of which none is asked for any more, and why."""
+        with self.lock:
+            self._refresh()
+            return self._closed()
+
     def guidelines(self) -> str:
         path = self.home / GUIDELINES
         try:
@@ -328,15 +336,14 @@ class Desk:
         found = {}
         for path in queue_files(self.home):
             try:
-                stat = path.stat()
-                stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+                written = stamp(path)
                 known = self.queues.get(path)
-                if known is None or known.stamp != stamp:
+                if known is None or known.stamp != written:
                     queue = read_queue(path)
-                    folder = path.parents[len(QUEUES.parts)]
-                    known = OpenQueue(folder, stamp, queue, {one.item: one for one in queue.items})
+                    known = OpenQueue(folder_of(path), written, queue, {one.item: one for one in queue.items})
                     rows = [row for held in self.labels[queue.job].by_item.values() for row in held.values()]
                     known.lacks = still_wanted(queue, rows)
+                known.why_closed = why_closed(path, known.queue, self.clock())
             except FileNotFoundError:  # the run is over
                 continue
             found[path] = known
@@ -349,8 +356,16 @@ class Desk:
         for labels in self.labels.values():  # not before: where a file is damaged, nothing above is done
             labels.changed.clear()
 
+    def _closed(self) -> dict[Job, str]:
+        return {
+            one.queue.job: f"This job is closed: nobody asks for these labels any more. {one.why_closed} Labels that "
+            "were given are kept. The next run asks for what it needs, and that appears here by itself."
+            for one in self.queues.values()
+            if one.why_closed and not self._of(one.queue.job)
+        }
+
     def _of(self, job: Job) -> list[OpenQueue]:
-        return [one for one in self.queues.values() if one.queue.job == job]
+        return [one for one in self.queues.values() if one.queue.job == job and not one.why_closed]
 
     def _holders(self, job: Job, labeler: str) -> Counter[str]:
         """{item: others who hold it}"""
@@ -372,7 +387,7 @@ class Desk:
         """The first item that others have begun, else the first of the queue; or why there is none."""
         queues = self._of(job)
         if not queues:
-            return (
+            return self._closed().get(job) or (
                 "No queue is open. Set demonstrate.labeler or rank.labeler to human in params.yaml and run `make run`; "
                 "the stage opens its queue, and it appears here by itself."
             )
@@ -427,7 +442,8 @@ class Desk:
         from what the labeler said earlier, an import while the item is open would move the outputs under a save."""
         earlier = self.labels[job].by_labeler.get(labeler, {}).get(item, [None])[-1]
         lease = self.leases.get((job, item, labeler))
-        queued = next((one for one in self._of(job) if item in one.items), None)
+        holding = [one for one in self.queues.values() if one.queue.job == job and item in one.items]
+        queued = min(holding, key=lambda one: one.why_closed, default=None)  # an open one first: "" sorts first
         holder: Item | Judgment
         if queued:
             holder, seed, limit, folder = queued.items[item], queued.queue.seed, queued.queue.max_tokens, queued.folder

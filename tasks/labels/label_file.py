@@ -27,9 +27,28 @@ def append_all(rows: Sequence[Row], path: Path) -> None:
     """Append rows of one type; they are on the disk when this returns."""
     with locked(path) as file:
         mend(file, type(rows[0]))
-        file.write("".join(json.dumps(row.model_dump(), ensure_ascii=False) + "\n" for row in rows).encode())
+        file.write(b"".join(map(line_of, rows)))
         file.flush()
         os.fsync(file.fileno())
+
+
+def take_back(row: Row, path: Path) -> bool:
+    """Remove the line that says this, whole or not at all. False: it is not there any more."""
+    with locked(path) as file:
+        file.seek(0)
+        before, found, after = file.read().rpartition(line_of(row))
+        if found:
+            temporary = path.with_name(f".tmp-{path.name}")
+            with temporary.open("wb") as rest:
+                rest.write(before + after)
+                rest.flush()
+                os.fsync(rest.fileno())
+            temporary.replace(path)
+    return bool(found)
+
+
+def line_of(row: Row) -> bytes:
+    return (json.dumps(row.model_dump(), ensure_ascii=False) + "\n").encode()
 
 
 def recorded(path: Path, row_type: type[AnyRow], otherwise: str = "") -> list[AnyRow]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 
 from tasks.conversations import Conversation, text_of
 from tasks.datasets import Row, read_rows
+from tasks.labels.closed import why_closed
 from tasks.labels.judgments import (
     GUIDELINES,
     Flag,
@@ -61,7 +63,8 @@ def export(home: Path, folder: Path, jobs: Iterable[Job]) -> dict[Job, int]:
     """Write JOB.json and JOB.xml for what open queues still lack; gives the number of tasks, by job."""
     guidelines = home / GUIDELINES
     version = version_of(guidelines.read_text(encoding="utf-8") if guidelines.exists() else "")
-    queues = [read_queue(path) for path in queue_files(home)]
+    every = {path: read_queue(path) for path in queue_files(home)}
+    queues = [queue for path, queue in every.items() if not why_closed(path, queue, time.time())]
     written: dict[Job, int] = {}
     for job in jobs:
         tasks: dict[str, TaskData] = {}

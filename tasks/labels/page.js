@@ -4,6 +4,7 @@
   const JOBS = {demonstrate: "Write answers", rank: "Rank answers"};
   const FLAGS = ["harmful", "broken", "not an answer"];
   const FLAG_KEYS = {h: "harmful", b: "broken", n: "not an answer"};
+  const STARS = [1, 2, 3, 4, 5, 6, 7];
   const REASONS = ["I do not know enough about this", "The prompt makes no sense", "I would rather not read this"];
   const LOOK_AGAIN = 5000, ALIVE_EVERY = 60000, AWAY_AFTER = 10 * 60000, DRAFT_DAYS = 30; // ms, ms, ms, days
 
@@ -27,6 +28,7 @@
   }
   const button = (text, onclick, attributes = {}) => el("button", {type: "button", onclick, ...attributes}, text);
   const letter = (place) => String.fromCharCode(65 + place);
+  const ordinal = (rank) => rank + (["th", "st", "nd", "rd"][rank % 100 > 10 && rank % 100 < 14 ? 0 : rank % 10] || "th");
   const plural = (count, one, many) => `${count} ${count === 1 ? one : many}`;
 
   function told(text, bad = false) {
@@ -152,17 +154,17 @@
             button("Sign out", signOut, {id: "sign-out"}))),
         parts.bar,
         el("div", {class: "row spread quiet"}, parts.mine, parts.all)),
-      parts.notice,
       el("div", {class: "columns"}, parts.work, parts.guidelines));
   }
 
   async function progress() {
-    const {jobs} = await api("queues");
+    const {jobs, closed} = await api("queues");
     const names = Object.keys(jobs);
-    if (!jobs[job] && names.length) job = names.find((name) => jobs[name].missing) || names[0];
-    parts.jobs.replaceChildren(...Object.entries(jobs).map(([name, one]) => button(
-      `${JOBS[name]} (${one.missing})`, () => change(name),
-      {id: `job-${name}`, "aria-pressed": String(name === job), title: `${one.missing} labels are missing`})));
+    if (!jobs[job] && !closed[job] && names.length) job = names.find((name) => jobs[name].missing) || names[0];
+    parts.jobs.replaceChildren(...Object.keys(JOBS).filter((name) => jobs[name] || closed[name]).map((name) => button(
+      `${JOBS[name]} (${jobs[name] ? jobs[name].missing : "closed"})`, () => change(name),
+      {id: `job-${name}`, "aria-pressed": String(name === job),
+        title: jobs[name] ? `${jobs[name].missing} labels are missing` : closed[name]})));
     const one = jobs[job];
     parts.mine.textContent = one
       ? `You: ${one.mine_today} today, ${one.mine} in all` + (one.mine_skipped ? `, ${one.mine_skipped} skipped` : "") : "";
@@ -215,7 +217,7 @@
     item = null;
     clearTimeout(lookAgain);
     told("");
-    parts.work.replaceChildren(el("p", {}, "You hold no item. Your unsaved work on the last one stays in this browser."),
+    parts.work.replaceChildren(parts.notice, el("p", {}, "You hold no item. Your unsaved work on the last one stays in this browser."),
       button("Go on", () => next(), {class: "primary", id: "go-on"}));
   }
 
@@ -231,7 +233,7 @@
       item = null;
       parts.work.dataset.idle = "yes";
       if (message || !waiting) told(message);
-      parts.work.replaceChildren(el("p", {id: "nothing"}, found.why),
+      parts.work.replaceChildren(parts.notice, el("p", {id: "nothing"}, found.why),
         others.length ? el("p", {id: "others"}, `Elsewhere labels are missing: ${others.map((name) => JOBS[name]).join(", ")}, above.`) : "",
         button("Back", back, {id: "back", disabled: !job}));
       lookAgain = setTimeout(again, LOOK_AGAIN);
@@ -260,15 +262,35 @@
     const earlier = item.said && (item.said.skipped === null ? "You have judged this one. Saving changes what you said."
       : `You skipped this one: ${item.said.skipped}`);
     parts.work.replaceChildren(
-      el("h2", {}, item.prompt.length > 1 ? "Conversation" : "Prompt"),
-      el("div", {id: "prompt"}, ...item.prompt.map((turn) => el("div", {class: `turn ${turn.role}`},
-        item.prompt.length > 1 || turn.role !== "user" ? el("small", {}, turn.role) : null, text(turn.content)))),
+      question(),
       ...(item.job === "demonstrate" ? writing() : ranking()),
       actions());
     told([message, earlier].filter(Boolean).join(" "));
     if (item.job === "demonstrate") { count(); document.getElementById("answer").focus({preventScroll: true}); }
     else { arrange(); cards[0]?.focus({preventScroll: true}); }
     window.scrollTo({top: 0});
+  }
+
+  // it stays in sight, and scrolls within where it is long; of a conversation the last turn is shown first
+  function question() {
+    const prompt = el("div", {id: "prompt", "aria-label": "Prompt"}, ...item.prompt.map((turn) => el("div", {class: `turn ${turn.role}`},
+      item.prompt.length > 1 || turn.role !== "user" ? el("small", {}, turn.role) : null,
+      el("div", {class: "text", dir: "auto"}, turn.content))));
+    const whole = button("Show all", () => {
+      const open = made.classList.toggle("whole");
+      whole.textContent = open ? "Show less" : "Show all";
+      whole.setAttribute("aria-expanded", String(open));
+    }, {id: "whole", "aria-expanded": "false", hidden: true});
+    const made = el("div", {class: "question"},
+      el("div", {class: "row spread"}, el("h2", {}, item.prompt.length > 1 ? "Conversation" : "Prompt"), whole), prompt);
+    new ResizeObserver(() => {
+      const cut = prompt.scrollHeight > prompt.clientHeight + 1;
+      prompt.tabIndex = cut ? 0 : -1;
+      whole.hidden = !cut && !made.classList.contains("whole");
+      document.documentElement.style.setProperty("--question", `${made.offsetHeight}px`);
+    }).observe(made);
+    if (item.prompt.length > 1) requestAnimationFrame(() => { prompt.scrollTop = prompt.scrollHeight; });
+    return made;
   }
 
   // scrolled by the keyboard where it is too long
@@ -279,7 +301,7 @@
   }
 
   function actions() {
-    return el("div", {class: "actions row spread"},
+    return el("div", {class: "actions"}, parts.notice, el("div", {class: "row spread"},
       el("span", {class: "row"},
         button("Save", save, {class: "primary", id: "save", title: "Ctrl+Enter"}),
         button("Skip", skip, {id: "skip"}),
@@ -287,7 +309,7 @@
       el("span", {class: "row"},
         button("Back", back, {id: "back", title: "to what you did before"}),
         behind >= 0 ? button("Forward", forward, {id: "forward"}) : null,
-        button("Keys", keys, {id: "keys"})));
+        button("Keys", keys, {id: "keys", class: "by-key"}))));
   }
 
   async function save() {
@@ -312,9 +334,11 @@
       dropDraft();
       busy = false;
       await next(message);
-    } catch (error) { failed(error); }
-    busy = false;
-    for (const one of parts.work.querySelectorAll(".actions button")) one.disabled = false;
+    } catch (error) {
+      failed(error);
+      busy = false;
+      for (const one of parts.work.querySelectorAll(".actions button")) one.disabled = one.id === "undo" && !before.length;
+    }
   }
 
   function failed(error) {
@@ -389,28 +413,32 @@
 
   function ranking() {
     cards = item.outputs.map((output, place) => {
-      const ranks = item.outputs.map((_, n) => button(String(n + 1), () => put(place, n + 1),
-        {id: `rank-${place}-${n + 1}`, "aria-label": `Rank ${letter(place)} ${n + 1}`}));
+      const ranks = item.outputs.map((_, n) => button(ordinal(n + 1), () => put(place, n + 1),
+        {id: `rank-${place}-${n + 1}`, "aria-label": `${letter(place)} in ${ordinal(n + 1)} place`}));
       const flags = FLAGS.map((flag) => button(flag, () => toggle(place, flag),
         {class: "flag", id: `flag-${place}-${flag.replaceAll(" ", "-")}`}));
-      const ratings = [1, 2, 3, 4, 5, 6, 7].map((rating) => button(String(rating), () => rate(place, rating),
-        {id: `rating-${place}-${rating}`, "aria-label": `Rate ${letter(place)} ${rating} of 7`}));
+      const ratings = STARS.map((rating) => button("\u2605", () => rate(place, rating),
+        {id: `rating-${place}-${rating}`, class: "star", "aria-label": `${plural(rating, "star", "stars")} of 7 for ${letter(place)}`,
+          title: plural(rating, "star", "stars")}));
       const handle = el("span", {class: "handle", "aria-hidden": "true", title: "Drag"},
         "\u2630", el("span", {class: "letter"}, letter(place)));
       const card = el("section", {class: "card", id: `card-${place}`, tabindex: "0", "aria-label": `Answer ${letter(place)}`},
         el("div", {class: "row spread head"}, handle,
-          el("span", {class: "group", role: "group", "aria-label": "Rank"}, el("small", {}, "Rank"), ...ranks)),
+          el("span", {class: "group", role: "group", "aria-label": "Place"}, el("small", {}, "Place"), ...ranks)),
         output.text ? text(output.text) : el("p", {class: "quiet"}, "(empty)"),
         output.ended ? null : el("small", {class: "bad-text"}, "Cut off here: it was too long."),
         el("div", {class: "row foot"},
-          el("span", {class: "group", role: "group", "aria-label": "Rating"}, el("small", {}, "Rating"), ...ratings),
+          el("span", {class: "group stars", role: "group", "aria-label": "Rating, 7 stars are best"},
+            el("small", {}, "bad"), el("span", {}, ...ratings), el("small", {}, "excellent")),
           el("span", {class: "group", role: "group", "aria-label": "Flags"}, ...flags)));
       handle.addEventListener("pointerdown", (event) => drag(event, place));
       return card;
     });
     parts.board = el("div", {id: "board"});
-    return [el("h2", {}, "Answers, best first"), el("small", {}, "Drag them into order or give each a rank; the same rank is a tie. ",
-      el("kbd", {}, "1"), "–", el("kbd", {}, "9"), " rank the answer in focus, ", el("kbd", {}, "?"), " shows all keys."), parts.board];
+    return [el("h2", {}, "Answers, best first"), el("small", {}, "Drag them into order or give each a place; the same place is a tie. ",
+      "Stars rate an answer by itself. ",
+      el("span", {class: "by-key"}, el("kbd", {}, "1"), "–", el("kbd", {}, "9"), " place the answer in focus, ",
+        el("kbd", {}, "?"), " shows all keys.")), parts.board];
   }
 
   // [[places of rank 1], [places of the next rank] ...]
@@ -469,21 +497,25 @@
     const found = levels();
     const loose = answer.ranks.flatMap((rank, place) => (rank === null ? [place] : []));
     const board = [];
-    found.forEach((level) => {
-      const name = level.length > 1 ? `${answer.ranks[level[0]]} (tie)` : `${answer.ranks[level[0]]}`;
+    found.forEach((level, at) => {
+      const last = at > 0 && at === found.length - 1 && !loose.length;
+      const name = ordinal(answer.ranks[level[0]]) + (at === 0 ? ", best" : last ? ", worst" : "") + (level.length > 1 ? " (tie)" : "");
       board.push(el("div", {class: "gap"}),
         el("div", {class: "level"}, el("div", {class: "name"}, name), ...level.map((place) => cards[place])));
     });
     board.push(el("div", {class: "gap"}));
     if (loose.length) board.push(el("div", {class: "level loose"},
-      el("div", {class: "name"}, found.length ? "Not placed yet" : "Not placed yet: drag the best to the top, or press its rank"),
+      el("div", {class: "name"}, found.length ? "Not placed yet" : "Not placed yet: drag the best to the top, or press its place"),
       ...loose.map((place) => cards[place])));
     parts.board.replaceChildren(...board);
     for (const [place, card] of cards.entries()) {
       const press = (id, on) => card.querySelector(`#${id}`).setAttribute("aria-pressed", String(on));
       item.outputs.forEach((_, n) => press(`rank-${place}-${n + 1}`, answer.ranks[place] === n + 1));
       FLAGS.forEach((flag) => press(`flag-${place}-${flag.replaceAll(" ", "-")}`, answer.flags[place].includes(flag)));
-      for (let rating = 1; rating <= 7; rating++) press(`rating-${place}-${rating}`, answer.ratings[place] === rating);
+      for (const rating of STARS) {
+        press(`rating-${place}-${rating}`, answer.ratings[place] === rating);
+        card.querySelector(`#rating-${place}-${rating}`).classList.toggle("lit", rating <= answer.ratings[place]);
+      }
     }
     document.getElementById("undo").disabled = !before.length;
     const held = focused && document.getElementById(focused);
@@ -508,7 +540,8 @@
       for (const one of parts.board.children) one.classList.toggle("into", one === goal?.mark);
     };
     const scroll = () => { // near the edge the page goes along
-      const by = y < 60 ? -14 : y > window.innerHeight - 110 ? 14 : 0;
+      const top = Math.max(0, document.querySelector(".question").getBoundingClientRect().bottom);
+      const by = y < top + 30 ? -14 : y > window.innerHeight - 110 ? 14 : 0;
       if (by) { window.scrollBy(0, by); follow(); }
       ticking = requestAnimationFrame(scroll);
     };
@@ -557,9 +590,9 @@
   // ---- keys ----
 
   const KEYS = {
-    rank: [["1 – 9", "rank of the answer in focus; the same rank is a tie"], ["0", "take its rank away"],
+    rank: [["1 – 9", "place of the answer in focus; 1 is best, the same place is a tie"], ["0", "take its place away"],
       ["↑ ↓", "move it half a step: level with the next one, then past it"], ["J K", "go to the next or the last answer"],
-      ["H B N", "flag it: harmful, broken, not an answer"], ["Shift+1 – 7", "rate it; 7 is best"], ["U, Ctrl+Z", "undo"],
+      ["H B N", "flag it: harmful, broken, not an answer"], ["Shift+1 – 7", "give it so many stars; 7 are best"], ["U, Ctrl+Z", "undo"],
       ["Ctrl+Enter", "save"], ["S", "skip"], ["P", "back to the item before"]],
     demonstrate: [["Ctrl+Enter", "save"], ["Tab", "go on to the buttons"]],
   };
@@ -605,8 +638,9 @@
   async function alive() {
     if (!item || behind >= 0 || document.visibilityState !== "visible" || Date.now() - lastTouch > AWAY_AFTER) return;
     const at = item;
-    const {held} = await api("alive", {job: item.job, item: item.item});
-    if (!held && item === at) told("This item has gone to somebody else meanwhile. You can still save what you did.");
+    const {held, closed} = await api("alive", {job: item.job, item: item.item});
+    if (held || item !== at) return;
+    told(`${closed || "This item has gone to somebody else meanwhile."} You can still save what you did.`);
   }
 
   function leave() {

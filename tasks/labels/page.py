@@ -43,6 +43,7 @@ from tasks.labels.sign_in import (
     require_strong,
     secret_file,
 )
+from tasks.program import ends_well
 from tasks.stage import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class TokenCounter:
         if not (base / FINGERPRINT_FILE).exists():
             return None
         with self.lock:
-            fingerprint = (base / FINGERPRINT_FILE).read_text()
+            fingerprint = (base / FINGERPRINT_FILE).read_text(encoding="utf-8")
             if base not in self.tokenizers or self.tokenizers[base][0] != fingerprint:
                 from tasks.models import load_tokenizer  # imports torch, which takes seconds
 
@@ -177,7 +178,7 @@ def application(desk: Desk, door: Door, reach: Reach, home: Path, cookie: str, *
 
     @app.get("/api/queues")
     def queues(labeler: Labeler) -> dict[str, Any]:
-        return {"name": labeler, "jobs": desk.progress(labeler)}
+        return {"name": labeler, "jobs": desk.progress(labeler), "closed": desk.closed()}
 
     @app.get("/api/guidelines")
     def guidelines(labeler: Labeler) -> dict[str, str]:
@@ -202,8 +203,8 @@ def application(desk: Desk, door: Door, reach: Reach, home: Path, cookie: str, *
         return {"tokens": desk.count(labeler, body.item, body.text)}
 
     @app.post("/api/alive")
-    def alive(body: OfItem, labeler: Labeler) -> dict[str, bool]:
-        return {"held": desk.alive(labeler, body.job, body.item)}
+    def alive(body: OfItem, labeler: Labeler) -> dict[str, Any]:
+        return {"held": desk.alive(labeler, body.job, body.item), "closed": desk.closed().get(body.job)}
 
     @app.post("/api/release")
     def release(body: Leave, labeler: Labeler) -> dict[str, bool]:
@@ -371,7 +372,7 @@ def alone(home: Path) -> Iterator[None]:
     """One page at a time hands out the queues of a folder; the lock goes with the process, however it ends."""
     path = home / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -393,6 +394,7 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
         server.run(sockets=[listener])
 
 
+@ends_well(installs_gradio="make label")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tasks.labels.page",
@@ -412,18 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < arguments.hold_minutes < 1e6:
         parser.error("--hold-minutes must be more than 0")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        run(Path(), arguments.host, arguments.port, arguments.hold_minutes * 60)
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        print("error: the page needs gradio, which is not installed; `make label` installs it.", file=sys.stderr)
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+    run(Path(), arguments.host, arguments.port, arguments.hold_minutes * 60)
     return 0
 
 

@@ -137,7 +137,7 @@ def provenance(text: str) -> Provenance:
 
 
 def _repository() -> Path:
-    done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "rev-parse", "--show-toplevel"], capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise UserError(f"{Path.cwd()} is in no git repository: run it in the pipeline's.")
     return Path(done.stdout.strip())
@@ -356,7 +356,7 @@ def folder_files(path: str, md5: str, commit: str, store: Store) -> dict[str, st
     if listed := store.listing(md5, path):
         return listed
     tree = ["git", "ls-tree", "-r", "--full-tree", "--name-only", "-z", commit, "--", path]
-    names = subprocess.run(tree, cwd=store.repository, capture_output=True, text=True, check=False).stdout
+    names = subprocess.run(tree, cwd=store.repository, capture_output=True, encoding="utf-8", check=False).stdout
     files: dict[str, str] = {}
     for name in filter(None, names.split("\0")):
         shown = subprocess.run(

@@ -1,29 +1,34 @@
 """What people are asked to label: `.rlhf/queue/JOB.json`, written by the stage that needs the labels.
 
 The stage opens the queue, the page (tasks/labels/page.py) hands it out and appends judgments to `data/labels`, and the
-stage reads those. What a queue still lacks follows from the judgments alone; it is closed where people are not asked
-any more.
+stage reads those. What a queue still lacks follows from the judgments alone. It says what its items follow from: by
+that the page sees when nobody asks for them any more (tasks/labels/closed.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from tasks.conversations import Conversation
-from tasks.datasets import Row, stable_share
+from tasks.datasets import Row, flat, stable_share
 from tasks.labels.judgments import DEMONSTRATIONS, RANKINGS, JudgedRanking, Judgment, WrittenDemonstration, standing
-from tasks.params import Human
-from tasks.stage import UserError, WaitsForPeopleError
+from tasks.lineage import StageSpec, load_stages, upstream
+from tasks.params import Human, Params
+from tasks.stage import LABELS as LABELS_FOLDER
+from tasks.stage import Stage, UserError, WaitsForPeopleError
 
 QUEUES = Path(".rlhf/queue")
 WORKSPACES = Path(".rlhf/workspaces")  # of flows: a run that waits has its queue there
+WAIT_FILE = Path(".rlhf/waits.json")  # in a workspace whose run is suspended: how long it waits (flows/waiting.py)
 PAGE = "http://127.0.0.1:7861"
 
 Job = Literal["demonstrate", "rank"]
@@ -31,6 +36,10 @@ LABELS: dict[Job, tuple[Path, type[Judgment]]] = {
     "demonstrate": (DEMONSTRATIONS, WrittenDemonstration),
     "rank": (RANKINGS, JudgedRanking),
 }
+# what the items are made of; of the stage's own parameters those that say who is asked for what
+MADE_OF: dict[Job, str] = {"demonstrate": "data/prepared/prompts/sft.jsonl", "rank": "data/collected/samples"}
+HUMAN = tuple(f"human.{key}" for key in ("labels", "shared_share", "shared_labels", "set_aside_after", "leave_out"))
+OWN_KEYS: dict[Job, tuple[str, ...]] = {"demonstrate": ("labeler", "prompts", *HUMAN), "rank": ("labeler", *HUMAN)}
 
 
 class Item(Row):
@@ -48,6 +57,8 @@ class Queue(Row):
     leave_out: list[str]  # labelers whose judgments do not count
     set_aside_after: int  # people who skip an item before nobody waits for it
     items: list[Item]
+    # {key of params.yaml: value, file or folder: hash}; empty: nobody recorded it
+    follows_from: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,47 @@ def progress(queue: Queue, judgments: Sequence[Judgment]) -> Progress:
             skipped[one.item] >= queue.set_aside_after and labelled[one.item] < one.labels for one in queue.items
         ),
     )
+
+
+def with_origin(queue: Queue, stage: Stage) -> Queue:
+    return queue.model_copy(update={"follows_from": origin(queue.job, stage.params, load_stages(), stage.root)})
+
+
+def origin(job: Job, params: Params, specs: dict[str, StageSpec], root: Path) -> dict[str, Any]:
+    """What the items follow from: the parameters of the stages up to this one, the raw data, and the file that they are
+    made of. Neither code, which may change without them, nor people's labels, which come at any time."""
+    parents = upstream(specs)
+    before, pending = set[str](), [*parents[job]]
+    while pending:
+        if (name := pending.pop()) not in before:
+            before.add(name)
+            pending += parents[name]
+    keys = {key for name in before for key in specs[name].params} | {f"{job}.{key}" for key in OWN_KEYS[job]}
+    made = {out for spec in specs.values() for out in spec.outs}
+    read = {dep for name in (*before, job) for dep in specs[name].data_deps}
+    raw = {
+        dep for dep in read if not dep.startswith(LABELS_FOLDER) and not any(Path(dep).is_relative_to(o) for o in made)
+    }
+    return flat(params.declared(sorted(keys))) | {path: digest(root / path) for path in sorted(raw | {MADE_OF[job]})}
+
+
+def digest(path: Path) -> str:
+    """Of a file, or of all files of a folder; what has not changed is not read again. Empty: it is not there."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path)} {_digest(file, *stamp(file))}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if files else ""
+
+
+def stamp(file: Path) -> tuple[int, int, int]:
+    """Another one where the file was written since."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+@lru_cache(maxsize=10_000)
+def _digest(file: Path, *_stamp: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def open_queue(queue: Queue, root: Path) -> None:

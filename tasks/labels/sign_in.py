@@ -78,13 +78,13 @@ def require_strong(tokens: Mapping[str, str], host: str) -> None:
 def secret_file(path: Path) -> str:
     """What the file holds; drawn and written where there is none, for the owner's eyes alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or not path.read_text().strip():
+    if not path.exists() or not path.read_text(encoding="utf-8").strip():
         temporary = path.with_name(f".tmp-{path.name}")
         temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(secrets.token_urlsafe() + "\n")
         temporary.replace(path)
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 def wait_after(failures: int, free: int) -> float:

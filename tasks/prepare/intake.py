@@ -269,7 +269,7 @@ class Tables(NamedTuple):
 
     def counts(self) -> dict[str, Any]:
         """{"rows": in the file, "masked": {kind: how many}}"""
-        counts: dict[str, Any] = json.loads((self.folder / "counts.json").read_text())
+        counts: dict[str, Any] = json.loads((self.folder / "counts.json").read_text(encoding="utf-8"))
         return counts
 
 
@@ -335,7 +335,7 @@ def fill(folder: Path, chunks: Iterable[Taken]) -> None:
             total += taken.rows
     np.save(folder / "ids.npy", np.concatenate(ids) if ids else np.empty(0, np.uint64))
     np.save(folder / "signatures.npy", np.concatenate(rest) if rest else np.empty((0, ENTRIES), np.uint32))
-    (folder / "counts.json").write_text(json.dumps({"rows": total, "masked": masked}))
+    (folder / "counts.json").write_text(json.dumps({"rows": total, "masked": masked}), encoding="utf-8")
 
 
 def chunks(rows: Iterable[Raw], progress: Callable[[int], object]) -> Iterator[list[Raw]]:

@@ -140,7 +140,7 @@ def findings(seen: Examined, params: Params, model: Path) -> card.Findings:
         masked=seen.masked,
         failed_checks=failed_checks(seen, params),
         limits=params.text,
-        tokenizer_fingerprint=(model / FINGERPRINT_FILE).read_text().strip(),
+        tokenizer_fingerprint=(model / FINGERPRINT_FILE).read_text(encoding="utf-8").strip(),
     )
 
 

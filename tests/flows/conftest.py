@@ -97,5 +97,5 @@ def site(toy: Toy, prefect_api: str) -> Site:
     shell(toy.root, "git", "add", ".")
     shell(toy.root, "git", "commit", "--quiet", "-m", "Toy")
     site = Site(toy, prefect_api)
-    site.prefect("flows.deploy")
+    site.deploy()
     return site

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prefect.client.base import PrefectHttpxSyncClient
 
 from tests.flows.toy import Toy, ask, wait_until
 from tests.tiny import shell
@@ -64,6 +65,20 @@ class Site:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def deploy(self) -> None:
+        """By the command; what another test has put on this server that way is moved here, which takes a moment."""
+        there = ask(self.api, "deployments/filter", {"flows": {"name": {"any_": ["pipeline"]}}})
+        if not there:
+            self.prefect("flows.deploy")
+            return
+        pool = self.environment["RLHF_POOL"]
+        here = [{"prefect.deployments.steps.set_working_directory": {"directory": str(self.root)}}]
+        with PrefectHttpxSyncClient(base_url=self.api) as client:
+            assert client.post("work_pools/", json={"name": pool, "type": "process"}).is_success
+            for one in there:
+                wanted = {"work_pool_name": pool, "pull_steps": here}
+                assert client.patch(f"deployments/{one['id']}", json=wanted).is_success
 
     @contextmanager
     def worker(self, name: str = "worker", **more: str) -> Iterator[subprocess.Popen[bytes]]:

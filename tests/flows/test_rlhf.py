@@ -50,7 +50,7 @@ def test_runs_skips_and_restores(in_toy: Toy) -> None:
     assert [row.status for row in rows.values()] == ["ran", "ran", "ran"]
     assert rows["last"].figure == "toy.length 13"
 
-    lock = (in_toy.root / "dvc.lock").read_text()
+    lock = (in_toy.root / "dvc.lock").read_text(encoding="utf-8")
     state, rows = run()
     assert [row.status for row in rows.values()] == ["cached", "cached", "cached"]
     assert {name for name, _ in states_in_prefect(state).values()} == {"Cached"}
@@ -63,7 +63,7 @@ def test_runs_skips_and_restores(in_toy: Toy) -> None:
     _, rows = run()
     assert rows["left"].status == "cached"
     assert in_toy.starts("left") == 2
-    assert (in_toy.root / "dvc.lock").read_text() == lock
+    assert (in_toy.root / "dvc.lock").read_text(encoding="utf-8") == lock
 
 
 def test_a_failure_shows_the_stage_s_own_words(in_toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:

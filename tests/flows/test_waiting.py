@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from prefect.client.base import PrefectHttpxSyncClient
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Cancelled, Failed, Running
 
 from flows import scheduled
 from flows.deploy import STILL_WAITS, ZOMBIES, make_automation
@@ -18,7 +23,7 @@ from flows.dvc_stage import WAITS
 from flows.prune import prune_workspaces
 from flows.rlhf import main
 from flows.server import free_port
-from flows.waiting import MARK, Waiting
+from flows.waiting import MARK, Waiting, look_at
 from flows.watch import Watcher
 from tasks.labels.queue import QUEUES
 from tests.flows.sites import Site
@@ -64,13 +69,19 @@ def test_make_run_says_how_many_are_missing_and_goes_on(asking: Toy, capsys: pyt
     assert asking.starts("last") == 1
 
 
-def test_dvc_repro_stops_there_and_goes_on(asking: Toy) -> None: ...
+def test_dvc_repro_stops_there_and_goes_on_and_more_labels_run_only_what_reads_them(asking: Toy) -> None:
+    repro = [sys.executable, "-m", "dvc", "repro", "--quiet"]
+    stopped = subprocess.run(repro, cwd=asking.root, capture_output=True, text=True, check=False)
+    assert stopped.returncode != 0
+    assert "waits: stage `demonstrate`: " in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert asking.starts("last") == 0
 
-
-def test_more_labels_later_run_only_what_reads_them(asking: Toy) -> None:
     asking.label("ann")
     asking.label("bo")
     shell(asking.root, "dvc", "repro", "--quiet")
+    assert asking.starts("last") == 1
+
     asking.label("cem")
     changed = json.loads(shell(asking.root, "dvc", "status", "--json"))
     assert set(changed) == {"demonstrate"}
@@ -240,6 +251,39 @@ def test_an_abandoned_run_goes_and_its_queue_with_it(site: Site, waiting_site: S
     assert not list(workspace.glob(f"{QUEUES}/*")), "nobody should label for it any more"
     assert prune_workspaces(site.root, keep_days=0) == [run]
     assert not workspace.exists()
+
+
+HERE, ELSEWHERE = "http://127.0.0.1:1/api", "http://127.0.0.1:2/api"
+
+
+@pytest.mark.parametrize(
+    ("state", "server", "closes"),
+    [
+        (None, HERE, True),  # deleted on Prefect's page
+        (None, ELSEWHERE, False),  # another server's: nothing is known of it
+        (None, None, False),  # it does not wait: the same
+        (Cancelled(), HERE, True),
+        (Failed(), None, True),
+        (Cancelled(name=WAITS), None, False),  # started from Python: the next start takes what people do
+        (Running(), None, False),
+    ],
+    ids=["deleted", "elsewhere", "unknown", "cancelled", "failed", "waits", "running"],
+)
+def test_queues_of_runs_that_are_over_or_deleted_close(
+    tmp_path: Path, state: State[Any] | None, server: str | None, closes: bool
+) -> None:
+    workspace = tmp_path / str(uuid.uuid4())
+    queue = workspace / QUEUES / "rank.json"
+    queue.parent.mkdir(parents=True)
+    queue.write_text("{}")
+    if server:
+        waiting = Waiting(jobs=["rank"], form="x", until=time.time() + 60, server=server)
+        (workspace / MARK).write_text(waiting.model_dump_json())
+    run = FlowRun(flow_id=uuid.uuid4(), state=state) if state else None
+    with temporary_settings({PREFECT_API_URL: HERE}):
+        assert not look_at(run, workspace, tmp_path, Mock())
+    assert queue.exists() != closes
+    assert (workspace / MARK).exists() == (bool(server) and not closes)
 
 
 def test_where_prefect_is_away_the_watcher_warns(asking: Toy, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 from tasks.base import folder_sha256
@@ -17,6 +19,7 @@ from tasks.tickets import generate
 from tests.tiny import tiny_model_dir
 
 ROOT = Path(__file__).parents[2]
+Once = Callable[[str, Callable[[Path], object]], Path]
 yaml = YAML()
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -45,17 +48,36 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A folder of that name, filled by the worker that comes first, for all workers."""
+    mine = tmp_path_factory.getbasetemp()
+    common = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+
+    def folder(name: str, fill: Callable[[Path], object]) -> Path:
+        path, full = common / name, common / f"{name}.full"
+        with FileLock(common / f"{name}.lock"):
+            if not full.exists():
+                shutil.rmtree(path, ignore_errors=True)  # of one that failed
+                path.mkdir()
+                fill(path)
+                full.touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(once: Once) -> Path:
     texts = [row.prompt for row in generate(seed=1, count=200)]
-    return tiny_model_dir(tmp_path_factory.mktemp("tiny") / "model", texts=texts)
+    return once("tiny", lambda folder: tiny_model_dir(folder / "model", texts=texts)) / "model"
 
 
 @pytest.fixture(scope="session")
 def make_repo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A clone of this repository's code with small parameters, its own DVC cache and MLflow store."""
 
-    def make(name: str) -> Path:
-        repo = tmp_path_factory.mktemp(name) / "repo"
+    def make(name: str, place: Path | None = None) -> Path:
+        repo = (place or tmp_path_factory.mktemp(name)) / "repo"
         repo.mkdir()
         code = ("flows", "tasks", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore")
         for part in (*code, "data/labels"):
@@ -80,10 +102,15 @@ def make_repo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def by_dvc(make_repo: Any) -> Path:
-    repo: Path = make_repo("by-dvc")
-    command(repo, "dvc", "repro")
-    return repo
+def by_dvc(make_repo: Any, once: Once) -> Path:
+    """One for all workers: those that run other tests than test_end_to_end.py's read the copy of dvc.lock beside it."""
+
+    def fill(folder: Path) -> None:
+        repo = make_repo("by-dvc", folder)
+        command(repo, "dvc", "repro")
+        shutil.copy(repo / "dvc.lock", folder)
+
+    return once("by-dvc", fill) / "repo"
 
 
 def command(repo: Path, *arguments: str, fails: bool = False) -> str:

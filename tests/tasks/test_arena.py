@@ -32,7 +32,7 @@ from tasks.datasets import (
     write_rows,
 )
 from tasks.labels.judgments import JudgedRanking
-from tasks.labels.label_file import append, recorded
+from tasks.labels.label_file import append, recorded, take_back
 from tasks.lineage import load_stages
 from tasks.params import load_params
 from tasks.rank import run as run_rank
@@ -163,6 +163,15 @@ def test_a_torn_last_line_harms_no_later_vote(
     assert "ended in a torn line, which was removed" in capsys.readouterr().err
 
 
+def test_the_last_of_equal_votes_is_taken_back_and_others_stay(tmp_path: Path) -> None:
+    path = tmp_path / "arena.jsonl"
+    for number in (1, 2, 1, 3):
+        append(vote(number), path)
+    assert take_back(vote(1), path)
+    assert not take_back(vote(9), path)
+    assert [row.seed for row in recorded(path, Vote)] == [1, 2, 3]
+
+
 def test_a_vote_that_lacks_its_line_end_alone_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "arena.jsonl"
     append(vote(1), path)
@@ -253,7 +262,7 @@ def enter(page: Page, prompt: str) -> None:
 
 def wait_for_answers(page: Page) -> list[str]:
     page.wait_for_selector("#first:enabled")
-    return [page.input_value(f"#answer{n} textarea") for n in (1, 2)]
+    return [page.input_value(f"#answer{side} textarea") for side in "AB"]
 
 
 def outcome(page: Page) -> str:
@@ -286,9 +295,8 @@ def test_a_vote_from_the_prompt_to_the_rankings(page: Page, server: Server, tmp_
     *_, row = server.votes()
     assert len(server.votes()) == before + 1
     assert (row.prompt, row.responses, row.ranks, row.labeler) == (single(text), answers, [2, 1], "Ann")
-    assert f"Answer 1 was {row.models[0]}, answer 2 {row.models[1]}." in said
+    assert f"Answer A was {row.models[0]}, answer B {row.models[1]}." in said
     assert {model.partition("@")[0] for model in row.models} == {"data/models/sft", "data/models/policy"}
-    assert choices_open(page) == [False] * 3, "one vote a round"
     assert ranking_of_stage(tmp_path, server.labels)[-1].model_dump(exclude={"held_out"}) == row.model_dump(
         exclude={"held_out", "models", "seed", "shown_at"}
     )
@@ -319,21 +327,41 @@ def ranking_of_stage(root: Path, labels: Path) -> list[Ranking]:
     return read_rows(root / "data/collected/rankings/rankings.jsonl", Ranking)
 
 
-@pytest.mark.parametrize(("key", "ranks"), [("1", [1, 2]), ("2", [2, 1]), ("0", [1, 1]), ("=", [1, 1])])
-def test_keys_vote_but_not_while_a_prompt_is_written(page: Page, server: Server, key: str, ranks: list[int]) -> None:
+def test_one_click_or_key_a_pair(page: Page, server: Server) -> None:
+    """Each vote brings the next pair, and what was voted on is voted on once."""
     before = len(server.votes())
     page.click("#draw")
-    page.wait_for_function("document.querySelector('#prompt textarea').value")
-    page.click("#ask")
+    for key, ranks in {"a": FIRST, "2": SECOND, "t": EQUAL, "=": EQUAL}.items():
+        wait_for_answers(page)
+        page.keyboard.press(key)
+        page.wait_for_selector("#first:disabled")
+        before += 1
+        assert (len(server.votes()), server.votes()[-1].ranks) == (before, ranks)
     wait_for_answers(page)
+    page.dblclick("#second")
+    page.wait_for_selector("#first:disabled")
+    wait_for_answers(page)
+    *kept, wrong = server.votes()
+    assert len(kept) == before, "a double click votes once"
+    assert {row.id for row in server.votes()[before - 4 :]} <= {
+        prompt_id(one) for one in (single("hello ticket"), single("where is my order"), CONVERSATION)
+    }
+
+    page.keyboard.press("u")
+    page.wait_for_selector("text=Your last vote is removed.")
+    assert server.votes() == kept
+    assert page.is_disabled("#undo")
+    assert page.is_enabled("#first"), "and the next pair stays"
+    page.fill("#prompt textarea", "")
     page.focus("#prompt textarea")
-    page.keyboard.press(key)
-    page.focus("#ask")
-    assert len(server.votes()) == before
-    page.keyboard.press(key)
-    outcome(page)
-    assert server.votes()[-1].ranks == ranks
-    assert server.votes()[-1].prompt in (single("hello ticket"), single("where is my order"), CONVERSATION)
+    page.keyboard.type("abtu1")
+    assert page.input_value("#prompt textarea") == "abtu1"
+    assert server.votes() == kept, "keys do not vote while a prompt is written"
+    page.click("#first")
+    page.wait_for_selector("#undo:enabled")
+    assert page.input_value("#prompt textarea") == "abtu1", "nor is it drawn over"
+    assert choices_open(page) == [False] * 3
+    assert wrong not in server.votes()
 
 
 def test_a_conversation_is_answered_and_recorded_with_all_its_turns(page: Page, server: Server) -> None:
@@ -368,7 +396,7 @@ def test_what_cannot_be_asked_or_voted_is_told(page: Page, server: Server) -> No
     before = len(server.votes())
     page.fill("#prompt textarea", "  ")
     page.click("#ask")
-    page.wait_for_selector("text=Write a prompt, or draw one.")
+    page.wait_for_selector("text=Write a prompt, or take the next pair.")
     enter(page, "<b>late</b> " * 1000)
     page.wait_for_selector("text=/that is \\d+ tokens, and the model takes 244/")
     assert choices_open(page) == [False] * 3
@@ -382,14 +410,17 @@ def test_what_cannot_be_asked_or_voted_is_told(page: Page, server: Server) -> No
 
 
 def test_the_page_fits_a_phone_and_asks_nobody_else(server: Server, browser: Browser) -> None:
-    phone = browser.new_page(viewport={"width": 375, "height": 740})
+    phone = browser.new_page(viewport={"width": 375, "height": 740}, has_touch=True, is_mobile=True)
     addresses: list[str] = []
     phone.on("request", lambda request: addresses.append(request.url))
     phone.goto(server.address)
     phone.wait_for_selector("#prompt textarea")
     enter(phone, "hello")
     wait_for_answers(phone)
-    phone.click("#first")
+    assert phone.is_hidden(".by-key")
+    votes = [phone.locator(f"#{id}").bounding_box() for id in ("first", "equal", "second")]
+    assert all(box and box["height"] >= 44 and box["y"] + box["height"] <= 740 for box in votes), "under the thumb"
+    phone.tap("#first")
     outcome(phone)
     assert phone.evaluate("document.documentElement.scrollWidth") == 375
     assert len(addresses) > 5

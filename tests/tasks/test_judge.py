@@ -118,6 +118,7 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(endpoint, "RETRIES", 1)
     monkeypatch.setenv("RLHF_JUDGE_API_KEY", KEY)
+    gc.freeze()  # what is there already is not what a refused stage leaves, and searching it takes a second
     one = Server()
     thread = threading.Thread(target=one.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -131,6 +132,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             if "worker" in asking.name:  # of a ThreadPool
                 asking.join(5)
         gc.collect()
+    gc.unfreeze()
 
 
 def run_stage(
@@ -388,7 +390,7 @@ def test_a_stage_that_is_stopped_goes_on(server: Server, tmp_path: Path, how: si
     questions = len(server.requests)
     go_on = threading.Event()
     server.requests.clear()
-    server.answer = lambda asked: str(len(server.requests) < 20 or go_on.wait(30)) and fair(asked)
+    server.answer = lambda asked: str(len(server.requests) < 20 or go_on.wait(300)) and fair(asked)
     root = tmp_path / "stopped"
     imports = "from tasks.run import _stop_cleanly; from tests.tasks.test_judge import *; _stop_cleanly()"
     script = f"{imports}; run_stage(Path({str(root)!r}), endpoint={server.address!r})"
@@ -397,7 +399,7 @@ def test_a_stage_that_is_stopped_goes_on(server: Server, tmp_path: Path, how: si
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(how)
-    process.wait(10)
+    process.wait(120)
     go_on.set()
     assert not (root / VERDICTS).exists()
     kept = len(list((root / judge.CACHE).glob("[0-9a-f]*.json")))
@@ -515,7 +517,9 @@ def test_the_key_is_in_no_file_and_in_no_output(server: Server, tmp_path: Path) 
     assert server.keys == {f"Bearer {KEY}"}
     assert KEY not in output
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"verdicts.jsonl", "metrics.json", "mlflow.db"} <= {path.name for path in files}
+    names = {path.name for path in files}
+    assert {"verdicts.jsonl", "metrics.json"} <= names
+    assert names & {"mlflow.db", "events.jsonl"}, "on a busy machine MLflow's part stays in the journal"
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 

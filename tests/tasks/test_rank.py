@@ -18,7 +18,7 @@ from tasks.labels.agreement import Agreement, measure
 from tasks.labels.checks import run_checks
 from tasks.labels.judgments import JudgedRanking
 from tasks.labels.label_file import append
-from tasks.labels.queue import queue_files
+from tasks.labels.queue import queue_files, read_queue
 from tasks.labels.simulated import demonstrate
 from tasks.lineage import load_stages
 from tasks.params import Params, load_params
@@ -348,7 +348,11 @@ def test_it_waits_until_people_have_ranked_and_goes_on(tmp_path: Path) -> None:
     with pytest.raises(WaitsForPeopleError, match="5 rankings by people are missing: 15 of 20 items are done"):
         run_stage(tmp_path / "some", SAMPLES[:20], params, judged=by("ann", SAMPLES[:15]))
     assert not (tmp_path / "some/data/collected/rankings").exists()
-    assert queue_files(tmp_path / "some")
+    (queue,) = map(read_queue, queue_files(tmp_path / "some"))
+    assert queue.follows_from["sample.temperature"] == params.sample.temperature
+    assert {key for key, value in queue.follows_from.items() if key.startswith("data/") and value} == {
+        "data/collected/samples"
+    }, "there is no data/raw"
     run_stage(tmp_path / "some", SAMPLES[:20])
     assert queue_files(tmp_path / "some") == [], "nobody should rank for simulated labelers"
     rows, metrics = run_stage(tmp_path / "all", SAMPLES[:20], params, judged=by("ann", SAMPLES[:25]))

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from ruamel.yaml import YAML
 
 from tasks.conversations import single
 from tasks.datasets import read_rows
+from tasks.labels.__main__ import main as labels_main
 from tasks.labels.desk import KEEP, LEASES, LEAVING, Desk, RefusedError, Visit
 from tasks.labels.judgments import (
     DEMONSTRATIONS,
@@ -26,7 +32,17 @@ from tasks.labels.judgments import (
     labeler_name,
 )
 from tasks.labels.label_file import append
-from tasks.labels.queue import QUEUES, WORKSPACES, Item, Job, Queue, open_queue, progress
+from tasks.labels.queue import (
+    QUEUES,
+    WAIT_FILE,
+    WORKSPACES,
+    Item,
+    Job,
+    Queue,
+    open_queue,
+    progress,
+    with_origin,
+)
 from tasks.labels.sign_in import (
     LONGEST_WAIT,
     TOKEN_FILE,
@@ -37,7 +53,9 @@ from tasks.labels.sign_in import (
     secret_file,
     wait_after,
 )
-from tasks.stage import UserError
+from tasks.lineage import load_stages
+from tasks.params import load_params
+from tasks.stage import Stage, UserError
 
 HOLD = 1800.0
 
@@ -200,6 +218,115 @@ def test_a_damaged_line_is_named_and_nothing_is_handed_out(home: Path, clock: Cl
         file.write('{"item": 3}\n')
     with pytest.raises(UserError, match=r"rankings\.jsonl, line 2: "):
         desk.next("bob", "rank")
+
+
+# ---- a queue that nobody asks for any more ----
+
+
+@pytest.fixture
+def asked(home: Path) -> Path:
+    """The queue of `rank` as the stage opens it, in a folder with its own params.yaml."""
+    for file in ("params.yaml", "dvc.yaml"):
+        shutil.copy(file, home / file)
+    change_params(home, "rank.labeler", "human")
+    for file in ("data/raw/tickets.jsonl", "data/collected/samples/samples.jsonl"):
+        (home / file).parent.mkdir(parents=True)
+        (home / file).write_text("{}\n")
+    stage = Stage(load_stages()["rank"], load_params(home / "params.yaml"), Mock(), root=home)
+    open_queue(with_origin(queue([ranking(0), ranking(1)]), stage), home)
+    return home
+
+
+def change_params(home: Path, key: str, value: Any) -> None:
+    yaml, path = YAML(), home / "params.yaml"
+    everything = yaml.load(path)
+    *sections, last = key.split(".")
+    reduce(getitem, sections, everything)[last] = value
+    yaml.dump(everything, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rank.labeler", "simulated"),
+        ("rank.human.labels", 4),
+        ("rank.human.leave_out", ["eve"]),
+        ("sample.temperature", 0.123),
+        ("sft.epochs", 77),
+        ("demonstrate.prompts", 7),
+        ("seed", 77),
+    ],
+)
+def test_it_closes_when_a_parameter_of_its_items_changes_and_opens_when_it_is_put_back(
+    asked: Path, clock: Clock, key: str, value: Any
+) -> None:
+    desk = desk_of(asked, clock)
+    view = get(desk, "ann")
+    rank(desk, "bob", get(desk, "bob"))
+    before = (asked / "params.yaml").read_text()
+    change_params(asked, key, value)
+    said = str(desk.next("ann", "rank"))
+    assert said == desk.closed()["rank"]
+    assert "nobody asks" in said
+    assert f"{key} (" in said
+    assert json.dumps(value) in said
+    assert not desk.alive("ann", "rank", view["item"])
+    assert desk.progress("ann") == {}
+    rank(desk, "ann", view)
+    assert [row.labeler for row in judged(asked)] == ["bob", "ann"], "what was begun is taken, what was given is kept"
+    (asked / "params.yaml").write_text(before)
+    assert desk.closed() == {}
+    assert desk.progress("ann")["rank"]["done"] == 2
+
+
+@pytest.mark.parametrize("key", ["rank.held_out_share", "ppo.kl_coef", "reward.learning_rate"])
+def test_it_stays_open_when_only_what_comes_after_it_changes(asked: Path, clock: Clock, key: str) -> None:
+    change_params(asked, key, 0.123)
+    (asked / "data/labels/demonstrations.jsonl").write_text("")
+    get(desk_of(asked, clock), "ann")
+
+
+@pytest.mark.parametrize("file", ["data/raw/tickets.jsonl", "data/collected/samples/samples.jsonl"])
+def test_it_closes_when_its_data_change_or_are_gone(asked: Path, clock: Clock, file: str) -> None:
+    desk = desk_of(asked, clock)
+    (asked / file).write_text('{"other": 1}\n')
+    folder = "data/raw" if "raw" in file else "data/collected/samples"
+    assert f": {folder}." in str(desk.next("ann", "rank"))
+    (asked / file).unlink()
+    assert f"{folder}, which is not there now" in str(desk.next("ann", "rank"))
+    (asked / file).write_text("{}\n")
+    get(desk, "ann")
+
+
+def test_while_params_yaml_is_being_written_nothing_closes(asked: Path, clock: Clock) -> None:
+    for text in ("seed: [", "seed: x\n"):
+        (asked / "params.yaml").write_text(text)
+        get(desk_of(asked, clock), "ann")
+
+
+def test_a_run_that_waited_too_long_asks_no_more_and_another_may(home: Path, clock: Clock) -> None:
+    run, other = home / WORKSPACES / "run-1", home / WORKSPACES / "run-2"
+    for folder, until in ((run, clock.now - 1), (other, clock.now + 10)):
+        open_queue(queue([ranking(0)] if folder == run else [ranking(1)]), folder)
+        (folder / WAIT_FILE).write_text(json.dumps({"until": until}))
+    desk = desk_of(home, clock)
+    assert get(desk, "ann")["item"] == ranking(1).item
+    assert desk.closed() == {}
+    clock.now += 20
+    assert "given up" in str(desk.next("bob", "rank"))
+
+
+def test_status_and_export_leave_a_closed_queue_out(
+    asked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(asked)
+    change_params(asked, "sample.temperature", 0.123)
+    assert labels_main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "rank.json is closed" in out
+    assert "sample.temperature" in out
+    assert labels_main(["export", "--to", str(asked / "out")]) == 0
+    assert "rank: nothing is missing" in capsys.readouterr().out
 
 
 # ---- leases ----

@@ -34,7 +34,7 @@ from tasks.labels.judgments import (
     version_of,
 )
 from tasks.labels.page import Reach, main
-from tasks.labels.queue import Item, Job, Queue, open_queue
+from tasks.labels.queue import WAIT_FILE, Item, Job, Queue, open_queue
 from tests.tiny import CONVERSATION, tiny_model_dir
 
 if TYPE_CHECKING:
@@ -459,7 +459,8 @@ def test_outputs_are_ranked_by_mouse(context: BrowserContext, server: Server) ->
     page.reload()
     page.wait_for_selector("#card-0")
     assert places(page) == at, "in the same order"
-    assert [page.inner_text(".level >> nth=1").split("\n")[0], page.locator(".loose").count()] == ["2 (tie)", 0]
+    names = ["1st, best", "2nd (tie)", "4th, worst"]
+    assert [page.locator(".level > .name").all_inner_texts(), page.locator(".loose").count()] == [names, 0]
     page.click("#save")
     told(page, "Saved.")
     row = server.rankings("Mo")[-1]
@@ -532,7 +533,8 @@ def go_to(page: Page, place: int) -> None:
 
 
 def press_of(page: Page, place: int) -> str:
-    return page.inner_text(f"#card-{place} [id^=rank-][aria-pressed=true]")
+    """The place in the order that is pressed, as "1"."""
+    return page.inner_text(f"#card-{place} [id^=rank-][aria-pressed=true]")[:-2]
 
 
 def test_on_a_phone_nothing_is_wider_than_the_page(browser: Browser, server: Server) -> None:
@@ -557,6 +559,67 @@ def test_on_a_phone_nothing_is_wider_than_the_page(browser: Browser, server: Ser
     row = server.rankings("Phil")[-1]
     assert [row.ranks[index] for index in row.order] == [2, 2, 2, 1]
     phone.close()
+
+
+LONG_PROMPT = "\n".join(f"{n}. what the customer said on that day" for n in range(90)) + "\n" + "wide" * 200
+
+
+@pytest.fixture
+def long_prompt(server: Server) -> Iterator[None]:
+    """What is to be ranked has a prompt that is longer than any screen."""
+    path = server.home / ".rlhf/queue/rank.json"
+    before = path.read_text()
+    outputs = [f"{word} " * 60 for word in ("hello", "sorry", "dear", "late")]
+    open_queue(queue_of("rank", [item_of(single(LONG_PROMPT), outputs)]), server.home)
+    yield
+    path.write_text(before)
+
+
+SCREENS: dict[str, dict[str, Any]] = {
+    "desktop": {"viewport": {"width": 1280, "height": 800}},
+    "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
+}
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_prompt_stays_in_sight_a_place_is_no_rating_and_a_phone_has_no_keys(
+    browser: Browser, server: Server, long_prompt: None, screen: str
+) -> None:
+    context = browser.new_context(**SCREENS[screen])
+    page = sign_in(context, server, f"Lo on a {screen}")
+    height, width = SCREENS[screen]["viewport"]["height"], SCREENS[screen]["viewport"]["width"]
+    for place in (3, 0):
+        page.evaluate(f"document.getElementById('card-{place}').scrollIntoView()")
+        question, card = page.locator(".question").bounding_box(), page.locator(f"#card-{place}").bounding_box()
+        assert question
+        assert card
+        assert question["y"] >= 0
+        assert question["y"] + question["height"] <= card["y"] + 1, "what is scrolled to is not under the prompt"
+        assert question["height"] < 0.4 * height
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.focus("#prompt")
+    page.keyboard.press("End")
+    prompt = page.locator("#prompt")
+    assert prompt.evaluate("one => one.scrollHeight") > height
+    page.wait_for_function("document.getElementById('prompt').scrollTop > 500")
+    for taller in (True, False):
+        page.click("#whole")
+        page.wait_for_selector(".question.whole" if taller else ".question:not(.whole)")
+        assert (prompt.evaluate("one => one.offsetHeight") > 0.6 * height) == taller
+
+    assert page.locator("#card-0 [id^=rank-]").all_inner_texts() == ["1st", "2nd", "3rd", "4th"]
+    assert "".join(page.inner_text("#card-0 .stars").split()) == "bad" + "★" * 7 + "excellent"
+    page.click("#rating-0-3")
+    assert page.locator("#card-0 .lit").count() == 3
+    assert ("key" in page.inner_text("#label").lower()) == (screen == "desktop")
+    heights = page.evaluate("[...document.querySelectorAll('#label button')].map((one) => one.offsetHeight)")
+    assert (min(filter(None, heights)) >= 44) == (screen == "phone"), "for thumbs"
+    page.click("#save")
+    told(page, "Not placed yet: A, B, C, D.")
+    notice = page.locator("#notice").bounding_box()
+    assert notice
+    assert notice["y"] + notice["height"] <= height, "in sight, wherever the page is scrolled to"
+    context.close()
 
 
 def slide(phone: BrowserContext, page: Page, place: int) -> None:
@@ -644,6 +707,17 @@ def test_who_has_nothing_to_do_gets_what_comes(context: BrowserContext, server: 
         path.write_text(queue)
     page.wait_for_selector("#card-0")
     assert held_for(server, "Ida") > 60
+    given_up = server.home / WAIT_FILE
+    given_up.write_text('{"until": 1}')
+    for place in range(4):
+        page.click(f"#rank-{place}-1")
+    page.click("#save")
+    page.wait_for_selector("#nothing")
+    assert "This job is closed" in page.inner_text("#nothing")
+    assert page.inner_text("#job-rank") == "Rank answers (closed)"
+    assert server.rankings("Ida")[-1].ranks == [1, 1, 1, 1], "what was begun is kept"
+    given_up.unlink()
+    page.wait_for_selector("#card-0")
     page.goto("about:blank")
     for _ in range(100):
         if held_for(server, "Ida") < LEAVING:

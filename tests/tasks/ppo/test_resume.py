@@ -13,7 +13,7 @@ import torch
 from tasks.checkpoints import Checkpoints
 from tasks.ppo.ptx import Text
 from tasks.ppo.trainer import PPOTrainer
-from tests.killing import run_apart, within, written_by
+from tests.killing import Ran, finish_apart, run_apart, within, written_by
 from tests.tasks.ppo.test_pipeline import run_stage, stage_models
 from tests.tasks.ppo.toy import Folders, make_trainer, trained_weights, without_times
 
@@ -85,14 +85,23 @@ def stage_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return stage_models(tmp_path_factory.mktemp("resume"))
 
 
+@pytest.fixture(scope="module")
+def whole(stage_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, dict[str, str]]:
+    """A run that nothing stopped, and what it wrote."""
+    root = tmp_path_factory.mktemp("whole") / "repo"
+    ran = run_apart(killed_stage, root, stage_folders, phases=PHASES)
+    return ran, written_by(root, "ppo")
+
+
 def killed_stage(root: Path, models: dict[str, Path]) -> None:
     run_stage(root, models, **{**EVERYTHING, "updates": 4, "checkpoint_every": 1})
 
 
-def test_killed_at_twenty_moments_it_ends_with_the_same_bits(stage_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_killed_at_twenty_moments_it_ends_with_the_same_bits(
+    stage_folders: dict[str, Path], whole: tuple[Ran, dict[str, str]], tmp_path: Path
+) -> None:
     """Five each while it generates, scores, trains, and writes a checkpoint."""
-    ran = run_apart(killed_stage, tmp_path / "whole", stage_folders, phases=PHASES)
-    expected = written_by(tmp_path / "whole", "ppo")
+    ran, expected = whole
     assert {Path(name).suffix for name in expected} >= {".safetensors", ".csv", ".json"}
     assert len(ran.saves) == 3
     draw = random.Random(7)
@@ -102,17 +111,19 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bits(stage_folders: dict
             root = tmp_path / str(kill_at)
             assert run_apart(killed_stage, root, stage_folders, kill_at=kill_at).killed
             found.append(len(list(root.glob(".rlhf/checkpoints/ppo/*/step-*"))))
-            run_apart(killed_stage, root, stage_folders)
+            finish_apart(killed_stage, root, stage_folders)
             assert written_by(root, "ppo") == expected, f"killed in {phase.__qualname__}, at call {kill_at}"
     assert len(found) == 20
     assert sum(map(bool, found)) >= 10, "most were killed after their first checkpoint"
 
 
 def test_a_torn_and_a_foreign_checkpoint_are_refused_and_the_one_before_is_used(
-    stage_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage_folders: dict[str, Path],
+    whole: tuple[Ran, dict[str, str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ran = run_apart(killed_stage, tmp_path / "whole", stage_folders, phases=PHASES)
-    expected = written_by(tmp_path / "whole", "ppo")
+    ran, expected = whole
     root = tmp_path / "torn"
     run_apart(killed_stage, root, stage_folders, kill_at=ran.saves[-1][1] + 50)
     newest = sorted(root.glob(".rlhf/checkpoints/ppo/*/step-*"))

@@ -22,8 +22,10 @@ GZ = gzip.compress(LINES, mtime=0)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    from datasets import config
     from huggingface_hub import constants
 
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")  # not in the home of whoever tests
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / f"datasets--tiny--pairs/snapshots/{COMMIT}/data"

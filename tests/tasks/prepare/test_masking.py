@@ -100,12 +100,12 @@ def test_a_text_without_digits_and_at_signs_stays(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["9", "a@", "1-", "+1 ", "a.b'", "1234 5678 ", "2024-01-15 10 ", "call 12345 "])
 def test_a_megabyte_of_anything_takes_seconds(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     mask(text * (10**6 // len(text)) + "@", ALL)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_phone_number_makes_the_other_lines_no_slower() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert mask("1234567\n" * 125_000 + "650-253-0000", ALL)[1] == {"phone": 1}
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -506,6 +506,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set in the layout of the hub's cache, with a split in two files, and no network."""
+    from datasets import config
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"
@@ -518,6 +519,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.jsonl\n---\n"
     )
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")  # not in the home of whoever tests
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return cache
