@@ -11,7 +11,7 @@ help:  ## list the targets
 		printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 run: .venv/installed .git  ## set up .venv where it is missing, and run the pipeline: what is out of date, nothing else
-	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf $(STAGES)
+	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf --waits-ok $(STAGES)
 
 test: .venv/pages .git  ## the same environment, and the tests
 	@$(IN_VENV) exec $(BIN)/python -m pytest $(or $(TESTS),-n 3 --dist loadfile --no-loadscope-reorder)
@@ -48,11 +48,11 @@ replay: .venv/installed  ## VERSION=policy/3 [ONLY=ppo]: make it again, and comp
 compare: .venv/installed  ## A=policy/3 [B=HEAD]: two runs side by side; versions, commits or MLflow runs
 	@$(IN_VENV) exec $(BIN)/python -m flows.compare $(A) $(B)
 
-chat: .venv/installed  ## MODEL=models:/policy@champion: talk to it here
-	@$(IN_VENV) exec $(BIN)/python -m tasks.chat "$(or $(MODEL),models:/policy@champion)"
+chat: .venv/installed  ## MODEL=policy/3: talk to it here; without it to the champion, else to the newest candidate
+	@$(IN_VENV) exec $(BIN)/python -m tasks.chat "$(MODEL)"
 
-arena: .venv/pages  ## A=models:/policy@champion B=data/models/sft: a page to vote on which answers better
-	@$(IN_VENV) exec $(BIN)/python -m tasks.arena "$(or $(A),models:/policy@champion)" "$(or $(B),data/models/sft)" $(ARGS)
+arena: .venv/pages  ## A=policy/3 B=sft: a page to vote on which answers better; without A the champion or candidate
+	@$(IN_VENV) exec $(BIN)/python -m tasks.arena "$(A)" "$(B)" $(ARGS)
 
 label: .venv/pages  ## the page where people write demonstrations and rank outputs: ARGS="--host 0.0.0.0 --port 7861"
 	@$(IN_VENV) exec $(BIN)/python -m tasks.labels.page $(ARGS)

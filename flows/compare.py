@@ -196,7 +196,7 @@ def params_table(one: Side, other: Side) -> Table | str:
         return "The parameters are the same."
     table = Table(title="Parameters that differ", title_justify="left")
     for heading in ("parameter", one.name, other.name):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for key in differ:
         table.add_row(key, one.params.get(key, "-"), other.params.get(key, "-"))
     return table
@@ -214,7 +214,7 @@ def paired_table(one: Side, other: Side) -> Table | str:
         return "They answered no prompt in common: figures can be compared, answers cannot."
     table = Table(title=f"The policies on the {len(pairs)} prompts that both answered", title_justify="left")
     for heading in ("", one.name, other.name, "difference [95 % interval]", "verdict"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for judge in ("gold", "score"):
         key = f"{judge}.policy"
         judged = [pair for pair in pairs if all(key in scores for scores in pair)]
@@ -271,7 +271,7 @@ def figures_table(one: Side, other: Side) -> Table | str:
         return f"The {len(shared)} figures that both have are the same."
     table = Table(title="Figures that differ", title_justify="left")
     for heading in ("figure", one.name, other.name, "intervals"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name in names:
         bounds = [_bounds(which.figures, name) for which in (one, other)]
         apart = ""
@@ -304,8 +304,8 @@ def most_different(one: Side, other: Side) -> list[Table]:
     tables = []
     for ours, others in pairs[:SHOWN]:
         table = Table(title=Text(ours.prompt), title_justify="left", show_lines=True)
-        table.add_column(f"{one.name} ({judge} {ours.scores[judge]:.2f})", ratio=1)
-        table.add_column(f"{other.name} ({judge} {others.scores[judge]:.2f})", ratio=1)
+        table.add_column(f"{one.name} ({judge} {ours.scores[judge]:.2f})", ratio=1, overflow="fold")
+        table.add_column(f"{other.name} ({judge} {others.scores[judge]:.2f})", ratio=1, overflow="fold")
         table.add_row(Text(ours.policy), Text(others.policy))
         tables.append(table)
     return tables

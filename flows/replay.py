@@ -189,7 +189,7 @@ def difference_of_tensors(old: Path, new: Path) -> str:
 def table(found: list[Compared]) -> Table:
     shown = Table(title="replay", title_justify="left")
     for column in ("stage", "out", "recorded", "now", "same", "first difference"):
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     for row in found:
         verdict = Text("yes", style="green") if row.same else Text("no", style="bold red")
         shown.add_row(row.stage, row.out, row.recorded[:12], row.now[:12], verdict, row.difference)
@@ -199,7 +199,7 @@ def table(found: list[Compared]) -> Table:
 def environments(runs: list[Recorded]) -> Table:
     shown = Table(title="environment", title_justify="left")
     for column in ("", "recorded", "now"):
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     now = environment()
     for key in dict.fromkeys([*now, *(key for run in runs for key in run.environment)]):
         before = ", ".join(sorted({run.environment.get(key, MISSING) for run in runs}))

@@ -1,10 +1,12 @@
-"""What stays of a run: MLflow's record, the table of the stages, one prompt answered by each model, what to do next."""
+"""What stays of a run: MLflow's record, the table of the stages, one prompt answered by each model, the verdict, and
+what to do next. What a stage says that was not part of the run is left out."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,13 @@ from rich.text import Text
 from flows.dvc_stage import Outcome
 from tasks.labels.whose import whose_labels
 from tasks.lineage import StageSpec, git_state, locked_outs
-from tasks.tracking import runs_url
+from tasks.registry import champion
+from tasks.tracking import connect, runs_url
+from tasks.verdict import in_markdown, with_champion
 
 SAMPLES = Path("data/reports/evaluation/samples.jsonl")
 METRICS = SAMPLES.parent / "metrics.json"
+REGISTERED = Path("data/reports/registered.json")
 LABELS = {stage: Path(f"data/reports/{stage}/metrics.json") for stage in ("demonstrate", "rank")}
 SHOWN = 5  # prompts in the Markdown report
 WIDE = 140  # columns from which a whole address fits into the table
@@ -127,8 +132,10 @@ def publish(report: Report, record: str) -> None:
     """On the flow run's page: the table, the evaluation, and the way to MLflow's record."""
     if record:
         create_link_artifact(record, "the record in MLflow", key="rlhf-mlflow")
-    if SAMPLES.exists() and all(row.status in ("ran", "cached") for row in report):
-        create_markdown_artifact(evaluation(), key="rlhf-evaluation", description="Did it help?")
+    told = [in_markdown(of_this_run)] if (of_this_run := verdict_of(report)) else []
+    told += [evaluation()] if done(report, "evaluate") and SAMPLES.exists() else []
+    if told:
+        create_markdown_artifact("\n\n".join(told), key="rlhf-evaluation", description="Did it help?")
     rows = [
         {
             "stage": row.stage,
@@ -142,9 +149,31 @@ def publish(report: Report, record: str) -> None:
     create_table_artifact(key="rlhf-stages", table=rows, description="The stages of this run")
 
 
+def done(report: Report, stage: str) -> bool:
+    """Whether what the stage wrote is of this run: another one's figures and answers are not shown as if they were."""
+    return any(row.stage == stage and row.status in ("ran", "cached") for row in report)
+
+
+def verdict_of(report: Report) -> dict[str, Any] | None:
+    """What `register` wrote, where it was part of the run, with who is the champion now."""
+    from mlflow.exceptions import MlflowException  # mlflow takes seconds to import
+
+    if not (done(report, "register") and REGISTERED.exists()):
+        return None
+    told = json.loads(REGISTERED.read_text(encoding="utf-8")).get("verdict")
+    if told is None:
+        return None
+    try:
+        current = champion(connect())
+    except (MlflowException, OSError):  # what it was when `register` ran
+        return dict(told)
+    return with_champion(told, f"policy/{current.version}" if current else "")
+
+
 def evaluation() -> str:
     """The main figures with their intervals, and some prompts answered by each model, as Markdown."""
     figures = json.loads(METRICS.read_text(encoding="utf-8"))
+    same = _at(figures, ["overoptimisation", "kept_update"]) == 0
     rows = ["| | base | SFT | policy | gain of the policy |", "|---|---|---|---|---|"]
     for name in ("gold", "score", "fluency"):
         if name in figures:
@@ -157,6 +186,9 @@ def evaluation() -> str:
         "win rate over SFT by the reward model": "score_win_rate",
         "KL from SFT, nats": "kl",
     }
+    if same:
+        more = {}
+        rows += ["", "PPO kept update 0: the policy is the SFT model."]
     if all(file.exists() for file in LABELS.values()):
         labels = whose_labels({stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in LABELS.items()})
         rows += ["", f"Labels: {labels}."]
@@ -182,7 +214,8 @@ def quoted(text: str) -> str:
     return " ".join(re.sub(r"([\\`*_{}\[\]()#+!|<>~$-])", r"\\\1", text).split())
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: Report, console: Console, stale: Sequence[str] = ()) -> None:
+    """stale: the stages that were not asked for and are out of date."""
     wide = console.width >= WIDE
     console.print(_table(report, wide))
     if not wide:
@@ -198,9 +231,20 @@ def print_report(report: Report, console: Console) -> None:
         return
     if any(row.status == "waits" for row in report):
         return
-    if SAMPLES.exists():
+    if done(report, "evaluate") and SAMPLES.exists():
         console.print(_answers(json.loads(SAMPLES.read_text(encoding="utf-8").splitlines()[0])))
-    console.print(_NEXT, soft_wrap=True)
+    found = verdict_of(report)
+    if found:
+        console.print(Text(f"\n{found['headline']}", style="bold"))
+        console.print(_grid((row["name"], row["text"]) for row in found["facts"]))
+    if stale:
+        console.print(
+            f"\nOut of date, and not asked for: {', '.join(stale)}. Their figures in data/reports are of an "
+            "earlier run; `make run` brings them up to date.",
+            soft_wrap=True,
+        )
+    console.print("\nWhat comes next")
+    console.print(_grid(_next(report, found)))
     if urls := [row.url for row in report if row.url]:
         console.print(f"  all runs, to compare: {runs_url(urls[0])}", soft_wrap=True)
 
@@ -208,11 +252,8 @@ def print_report(report: Report, console: Console) -> None:
 def _table(report: Report, wide: bool) -> Table:
     """`wide`: with whole addresses; else with the start of the run's id, to click where the terminal can."""
     table = Table(title="rlhf", title_justify="left")
-    for heading in ("stage", "result"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("seconds", justify="right", no_wrap=True)
-    for heading in ("main figure", "MLflow run"):
-        table.add_column(heading, no_wrap=True)
+    for heading in ("stage", "result", "seconds", "main figure", "MLflow run"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left", overflow="fold")
     for row in report:
         seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
         shown = row.url if wide else row.url.rpartition("/")[2][:8]
@@ -221,25 +262,41 @@ def _table(report: Report, wide: bool) -> Table:
     return table
 
 
+def _grid(rows: Iterable[tuple[str, str]]) -> Table:
+    """Pairs, the first of each in a column of its own. Text is no markup."""
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(2):
+        grid.add_column(overflow="fold")
+    for name, text in rows:
+        grid.add_row(Text(f"  {name}"), Text(text))
+    return grid
+
+
 def _answers(sample: dict[str, Any]) -> Table:
     table = Table(title="One held-out prompt, answered by each", title_justify="left", show_lines=True)
     for model in ("base", "sft", "policy"):
-        table.add_column(model, ratio=1)
+        table.add_column(model, ratio=1, overflow="fold")
     table.caption = Text(f"prompt: {sample['prompt']}")
     table.caption_justify = "left"
     table.add_row(*(Text(sample[model].strip()) for model in ("base", "sft", "policy")))
     return table
 
 
-_NEXT = """
-What comes next
-  data/reports/report.html     all of this run on one page, for any browser
-  make compare A=HEAD          this run beside the last commit's; or two versions: A=policy/1 B=policy/2
-  make chat                    talk to the champion;  make arena: vote between two models
-  make ui                      MLflow and Prefect in the browser (the links above work while it runs)
-  . .venv/bin/activate         then:
-    dvc metrics show           all figures;  dvc metrics diff: against the last commit
-    dvc plots show             the curves, as a page
-    dvc repro                  says that nothing has changed
-  edit ppo.kl_coef in params.yaml and `make run` again: only what depends on it runs
-"""
+def _next(report: Report, verdict: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """(command or file, what it is for): what works as things stand after this run."""
+    steps = [(row["command"], row["what"]) for row in verdict["next"]] if verdict else []
+    if done(report, "report"):
+        steps.append(("data/reports/report.html", "all of this run on one page, for any browser"))
+    if done(report, "evaluate") and _committed(METRICS):
+        steps.append(("make compare A=HEAD", "this run beside the last commit's"))
+    return [
+        *steps,
+        ("make ui", "MLflow and Prefect in the browser (the links above work while it runs)"),
+        (". .venv/bin/activate", "then `dvc metrics show` (all figures), `dvc plots show` (the curves, as a page)"),
+        ("edit params.yaml", "and `make run` again: only what depends on the change runs"),
+    ]
+
+
+def _committed(path: Path) -> bool:
+    found = subprocess.run(["git", "cat-file", "-e", f"HEAD:./{path}"], capture_output=True, check=False)
+    return found.returncode == 0

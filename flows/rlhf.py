@@ -86,12 +86,20 @@ def needed(specs: dict[str, StageSpec], targets: Iterable[str] | None) -> dict[s
     return {name: spec for name, spec in specs.items() if name in wanted}
 
 
+def out_of_date(report: Report) -> list[str]:
+    """The stages that were not part of the run and would run now."""
+    parents = upstream(load_stages())
+    others = parents.keys() - {row.stage for row in report}
+    done = unchanged(parents) if others else frozenset()
+    return [stage for stage in parents if stage in others and stage not in done]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the flow for a person. Exit codes: 0 done, 1 a stage failed, 2 something to mend, 3 people must label
-    something first, 130 or 143 stopped."""
+    something first (0 with --waits-ok), 130 or 143 stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        targets = _parse(argv)
+        targets, waits_ok = _parse(argv)
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         with terminal() as log, prefect_server(log.print):
             state = rlhf(targets, return_state=True)
@@ -111,13 +119,14 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    print_report(report, console)
+    print_report(report, console, out_of_date(report))
     if state.name == WAITS:
-        return EXIT_WAITS
+        return 0 if waits_ok else EXIT_WAITS
     return 1 if state.is_failed() else 0
 
 
-def _parse(argv: list[str] | None) -> list[str] | None:
+def _parse(argv: list[str] | None) -> tuple[list[str] | None, bool]:
+    """(the stages that are asked for, whether waiting for people is a success)"""
     parser = argparse.ArgumentParser(
         prog="python -m flows.rlhf",
         description="Run the pipeline: every stage that is out of date, and nothing else.",
@@ -125,7 +134,13 @@ def _parse(argv: list[str] | None) -> list[str] | None:
         "MLFLOW_TRACKING_URI: where MLflow keeps the record (else mlflow.db here).",
     )
     parser.add_argument("stage", nargs="*", metavar="STAGE", help="only these and what they need; default: all")
-    wanted: list[str] = parser.parse_args(argv).stage
+    parser.add_argument(
+        "--waits-ok",
+        action="store_true",
+        help="end with 0 and not 3 where people must label something first: make calls every other exit code an error",
+    )
+    arguments = parser.parse_args(argv)
+    wanted: list[str] = arguments.stage
     try:
         known = load_stages()
     except FileNotFoundError:
@@ -133,7 +148,7 @@ def _parse(argv: list[str] | None) -> list[str] | None:
     needed(known, wanted)
     if Path("params.yaml").exists():
         load_params(Path("params.yaml"))  # a wrong key is told now, not when the stage that reads it has its turn
-    return wanted or None
+    return wanted or None, arguments.waits_ok
 
 
 if __name__ == "__main__":

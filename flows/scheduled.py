@@ -44,6 +44,8 @@ from tasks.labels.queue import LABELS
 from tasks.lineage import load_stages, upstream
 from tasks.run import end_with_parent
 from tasks.stage import UserError
+from tasks.verdict import CHAMPION_NOW, NOT_REGISTERED, PROMOTED
+from tasks.verdict import WAITS as WAITS_FOR_APPROVAL
 
 BY_WORKER = "PREFECT__FLOW_RUN_ID" in os.environ  # this process is a worker's child, and not a person's
 REGISTERED = Path("data/reports/registered.json")
@@ -111,7 +113,9 @@ def pipeline(
             if state.is_failed():
                 raise PipelineFailedError(str(state.message), result)
             if state.name != WAITS and workspace.changed(REGISTERED):
-                tell_news(notification, workspace, news_of_champion(workspace, approval_hours), result)
+                tell_news(
+                    notification, workspace, news_of_champion(workspace, approval_hours), result | facts_of_verdict()
+                )
         if state.name != WAITS:
             workspace.remove()
     if state.name == WAITS:  # the workspace is free by now for whoever resumes this run
@@ -236,14 +240,23 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
 def news_of_champion(workspace: Workspace, approval_hours: float) -> str:
     """What became of the policy that this run registered, once a person was asked where that is due."""
     told = json.loads(REGISTERED.read_text(encoding="utf-8"))
-    policy, verdict = f"policy/{told['policy']['version']}", str(told["champion"])
-    if verdict == "waits for approval":
+    verdict = str(told["champion"])
+    if verdict == NOT_REGISTERED:
+        return f"the policy is {verdict}"
+    policy = f"policy/{told['policy']['version']}"
+    if verdict == WAITS_FOR_APPROVAL:
         verdict = ask_for_approval(told["policy"]["version"], approval_hours, workspace)
-    if verdict == "promoted":
+    if verdict == PROMOTED:
         return f"{policy} is the champion now"
     if verdict.startswith("refused"):
         return f"{policy} missed its gates: {verdict.partition(': ')[2]}"
     return f"{policy} stays a candidate: {verdict}"
+
+
+def facts_of_verdict() -> dict[str, str]:
+    """For a notification, whose subject says who is the champion."""
+    verdict = json.loads(REGISTERED.read_text(encoding="utf-8"))["verdict"]
+    return {row["name"]: row["text"] for row in verdict["facts"] if row["name"] != CHAMPION_NOW}
 
 
 def ask_for_approval(number: str, hours: float, workspace: Workspace) -> str:
@@ -272,7 +285,7 @@ def ask_for_approval(number: str, hours: float, workspace: Workspace) -> str:
     if current is not None and str(current.version) != record.tags.get("gates.rival"):
         return f"policy/{current.version} became the champion meanwhile, and this one was not held against it"
     registry.promote(client, number, author=answer.name, reason=answer.reason)
-    return "promoted"
+    return PROMOTED
 
 
 @flow(name="sweep")

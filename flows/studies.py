@@ -152,7 +152,7 @@ def show(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     table = Table()
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "branch"))
     for name in columns:
-        table.add_column(name.removeprefix("reward."))
+        table.add_column(name.removeprefix("reward."), overflow="fold")
     for row in rows:
         cells = (row.get(name, "-") for name in columns)
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))

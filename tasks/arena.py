@@ -22,7 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.chat import Chat, load
+from tasks.chat import NAMES, Chat, default_model, load
 from tasks.conversations import Conversation, single, text_of
 from tasks.datasets import Prompt, Vote, prompt_id, read_rows
 from tasks.labels.label_file import append, recorded, take_back
@@ -381,8 +381,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tasks.arena",
         description="A page to vote on which of two models answers better. Votes become labels.",
     )
-    parser.add_argument("a", help="base, sft, policy, champion, policy/3, policy@candidate, or a model's folder")
-    parser.add_argument("b", help="the other one, likewise")
+    parser.add_argument("a", nargs="?", help=f"{NAMES}; default: the champion, else the candidate, else policy")
+    parser.add_argument("b", nargs="?", help="the other one, likewise; default: sft")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--name", help="who votes, as the page suggests it; default: git's user.name")
     parser.add_argument("--file", type=Path, default=LABELS, help=f"where votes go; the pipeline reads {LABELS}")
@@ -394,8 +394,9 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= arguments.temperature < math.inf:
         parser.error("--temperature must be 0 or more")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    print(f"loading {arguments.a} and {arguments.b} ...", file=sys.stderr)
-    pair, usual = contestants(arguments.a, arguments.b)
+    names = arguments.a or default_model(), arguments.b or "sft"
+    print(f"loading {' and '.join(names)} ...", file=sys.stderr)
+    pair, usual = contestants(*names)
     if pair[0].name == pair[1].name:
         print(f"note: both are {pair[0].name}: the votes will show its noise, and no winner", file=sys.stderr)
     arena = Arena(pair, arguments.file, arguments.max_new_tokens or usual, arguments.temperature)

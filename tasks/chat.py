@@ -1,5 +1,7 @@
 """Talk to a model in the terminal: `python -m tasks.chat policy@champion`, or `sft`, or the folder of any model.
 
+Without a name: the champion, else the newest candidate, else data/models/policy.
+
 The answer appears as it is written; what was said before goes along with each prompt. /model NAME goes on with another
 model, /model alone lists what there is, /new forgets what was said, /quit (or Ctrl-D) ends.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import gc
 import json
 import math
@@ -18,13 +21,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
+from tasks import registry
 from tasks.conversations import Conversation, Turn
 from tasks.stage import UserError
 from tasks.tracking import connect, masked, mlflow_told, tracking_uri
 
 MODELS = Path("data/models")
 OF_THIS_WORKSPACE = ("base", "sft", "policy")  # folders there
-CHAMPION = "models:/policy@champion"
+NAMES = "base, sft, policy, champion, policy/3, policy@candidate, or a model's folder"
 FOLDER_LIMIT = 256  # new tokens of an answer; a registered version says its own
 
 
@@ -142,20 +146,34 @@ def pinned(name: str) -> str:
     """What a name stands for now, in full: `sft` data/models/sft, `champion` or `policy@champion` models:/policy/3."""
     if name in OF_THIS_WORKSPACE:
         return str(MODELS / name)
-    if name == "champion":
-        name = CHAMPION
+    if name == registry.CHAMPION:
+        name = f"policy@{name}"
     if re.fullmatch(r"[\w.-]+(/\d+|@[\w.-]+)", name) and not Path(name).exists():
         name = f"models:/{name}"
     if not name.startswith("models:/"):
         return name
     from mlflow.exceptions import MlflowException
-    from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     try:
-        model, version = get_model_name_and_version(connect(), name)
+        version = registry.resolve(connect(), name, models=("policy", *registry.COMPANIONS))
     except (MlflowException, OSError) as error:
         raise UserError(f"{name} from MLflow at {masked(tracking_uri())}: {masked(str(error))}") from error
-    return f"models:/{model}/{version}"
+    return f"models:/{version.name}/{version.version}"
+
+
+def default_model() -> str:
+    """The champion, else the newest candidate, else what PPO wrote here; says which on stderr."""
+    try:
+        with mlflow_told():
+            client = connect()
+            for alias in (registry.CHAMPION, registry.CANDIDATE):
+                if version := registry.with_alias(client, alias):
+                    print(f"policy/{version.version}, the {alias}", file=sys.stderr)
+                    return f"models:/policy/{version.version}"
+        print("no policy is registered: data/models/policy", file=sys.stderr)
+    except UserError as error:
+        print(f"data/models/policy, for registered ones cannot be had: {error}", file=sys.stderr)
+    return "policy"
 
 
 def load_folder(name: str) -> Loaded:
@@ -170,10 +188,7 @@ def load_folder(name: str) -> Loaded:
             raise UserError(f"{name} is a reward or value model: it scores answers, and gives none.")
         return Loaded(name, load_language_model(folder), load_tokenizer(folder), FOLDER_LIMIT)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{name} is no model folder ({Path(error.filename or 'a file').name} is missing); give one, or a "
-            f"registered version: {CHAMPION}."
-        ) from error
+        raise UserError(no_model(name, Path(error.filename or "a file").name)) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
 
@@ -193,28 +208,34 @@ def load_version(name: str) -> Loaded:
     return Loaded(name, loaded.model, loaded.tokenizer, int(loaded.config["max_new_tokens"]))
 
 
-def registered() -> dict[str, str]:
-    """The versions of language models in MLflow, {"policy/3": "champion, candidate"}, newest first."""
-    with mlflow_told():
-        client = connect()
-        found = {}
-        for model in client.search_registered_models():
-            if model.name == "reward":
-                continue
-            versions = client.search_model_versions(f"name = '{model.name}'")
-            for number in sorted((int(version.version) for version in versions), reverse=True):
-                aliases = sorted(alias for alias, at in model.aliases.items() if int(at) == number)
-                found[f"{model.name}/{number}"] = ", ".join(aliases)
-        return found
+def no_model(name: str, missing: str) -> str:
+    """A message: nothing is called that; the nearest name, and what there is. missing: a file of the folder."""
+    names, lost = known_models()
+    no = f"{name} is no model folder ({missing} is missing)." if "/" in name else f"there is no model `{name}`."
+    near = difflib.get_close_matches(name, [*names, registry.CHAMPION], n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    there = ", ".join(f"{one} ({aliases})" if aliases else one for one, aliases in names.items())
+    known = f"There are {there}; or a model's folder." if there else "There is no model yet: `make run` makes them."
+    return f"{no}{hint} {known} {lost}".rstrip()
+
+
+def known_models() -> tuple[dict[str, str], str]:
+    """({name: its aliases} of the folders of this workspace and of the registered language models, newest first; why
+    the registered ones are not there, or "")"""
+    names = {name: "" for name in OF_THIS_WORKSPACE if (MODELS / name / "config.json").exists()}
+    try:
+        with mlflow_told():
+            client = connect()
+            return names | registry.known(client) | registry.known(client, "sft"), ""
+    except UserError as error:
+        return names, f"(registered versions are not listed: {error})"
 
 
 def show_models(current: str) -> None:
     """What `/model NAME` takes; a star at the current one, whose name is given in full."""
-    names = {name: "" for name in OF_THIS_WORKSPACE if (MODELS / name / "config.json").exists()}
-    try:
-        names |= registered()
-    except UserError as error:
-        print(f"(registered versions are not listed: {error})")
+    names, lost = known_models()
+    if lost:
+        print(lost)
     in_full = {name: f"models:/{name}" if "/" in name else str(MODELS / name) for name in names}
     for name, aliases in names.items():
         print(f"{'*' if in_full[name] == current else ' '} {name:<12} {aliases}".rstrip())
@@ -282,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Talk to a model in the terminal.",
         epilog="In the conversation, /model NAME goes on with another model and /model lists what there is.",
     )
-    parser.add_argument("model", help="base, sft, policy, champion, policy/3, policy@candidate, or a model's folder")
+    parser.add_argument("model", nargs="?", help=f"{NAMES}; default: the champion, else the candidate, else policy")
     parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: as the model was trained")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     arguments = parser.parse_args(argv)
@@ -293,8 +314,9 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input()
     try:
-        print(f"loading {arguments.model} ...", file=sys.stderr)
-        chat, name = start(arguments.model, arguments.max_new_tokens, arguments.temperature)
+        wanted = arguments.model or default_model()
+        print(f"loading {wanted} ...", file=sys.stderr)
+        chat, name = start(wanted, arguments.max_new_tokens, arguments.temperature)
         print(
             "/new starts over, /quit or Ctrl-D ends, Ctrl-C cuts an answer short; after \\ a line goes on in the next\n"
             "/model NAME goes on with another model (sft, champion, policy/3, ...), /model lists what there is",

@@ -99,8 +99,9 @@ def run(stage: Stage) -> None:
     write_rows(stage.out("data/reports/evaluation/samples.jsonl"), rows)
     stage.tracker.metrics({f"eval/{name}": value for name, value in flat(figures).items()})
     # MLflow shows the sections of its charts by the alphabet: these come first
+    compared = ("win_rate", "score_win_rate") if kept else ()  # else the policy is the SFT model: nothing won
     glance = {name: figures[name]["policy"] for name in ("gold", "score") if name in figures} | {
-        name: figures[name] for name in ("kl", "win_rate", "score_win_rate") if name in figures
+        name: figures[name] for name in ("kl", *compared) if name in figures
     }
     stage.tracker.metrics({f"all/{name}": value for name, value in glance.items()})
     for point in curve:

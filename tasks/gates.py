@@ -17,10 +17,10 @@ FIGURES: dict[str, tuple[str, Literal["at least", "at most"]]] = {
     "champion_win_rate_low": ("champion.win_rate_low", "at least"),
     "kl": ("kl", "at most"),
     "fluency_loss": ("fluency_loss", "at most"),
-    "length_ratio_low": ("length_ratio", "at least"),
-    "length_ratio_high": ("length_ratio", "at most"),
+    "length_ratio_low": ("length.ratio", "at least"),
+    "length_ratio_high": ("length.ratio", "at most"),
     "ended": ("ended.policy", "at least"),
-    "relevance_ratio": ("relevance_ratio", "at least"),
+    "relevance_ratio": ("relevance.ratio", "at least"),
     "repetition": ("repetition.policy", "at most"),
     "reward_hacking": ("hacking.overrated", "at most"),
 }
@@ -51,14 +51,15 @@ ITSELF = Judge(
     "the reward model (which proves little: the policy was trained to please it)", "score_win_rate", "prompts"
 )
 JUDGES = (GOLD, MODEL, ITSELF)  # from the one that proves most to the one that proves least
+NO_DIFFERENCE = "definition, as the policy is the SFT model"
 NOBODY = "there is neither a gold score nor a judge to hold the reward model against; judge.endpoint would name one"
 MORE = "judge.endpoint and judge.pairs can bring more verdicts"
 
 
 class Gate(NamedTuple):
-    """One limit and what was measured. `missed_by` is 0 where it holds; a figure that is not there does not hold.
+    """One limit and what was measured. `missed_by` is 0 where it holds; a figure that is missing or NaN does not hold.
 
-    Where nobody could judge, `open` says why: it neither holds nor fails, and a person decides.
+    Where nothing could measure it, `open` says why: it neither holds nor fails, and a person decides.
     """
 
     name: str
@@ -108,11 +109,18 @@ def together(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: figure for report in reports for name, figure in report.items()}
 
 
+def nothing_gained(report: Mapping[str, Any]) -> bool:
+    """Whether PPO kept the weights that it began with: then the policy is the SFT model."""
+    return figure_at(report, "ppo.kept_update") == 0
+
+
 def judged(report: Mapping[str, Any]) -> dict[str, Any]:
     """The policy's win rate over the SFT model, by whoever proves most of those who judged enough. {} where nobody did.
 
     report: all of them together. `by` says who it was, on how many prompts, and what the others would need.
     """
+    if nothing_gained(report):
+        return {**dict.fromkeys(("win_rate", "win_rate_low", "win_rate_high"), 0.5), "by": NO_DIFFERENCE}
     compared = figure_at(report, "prompts") or 0
     lacking: list[str] = []
     for judge in JUDGES:
@@ -136,8 +144,14 @@ def with_ratios(report: Mapping[str, Any]) -> dict[str, Any]:
         more["fluency_loss"] = report["fluency"]["sft"] - report["fluency"]["policy"]  # nats a token
     for name in ("length", "relevance"):
         if name in report:
-            more[f"{name}_ratio"] = report[name]["policy"] / (report[name]["sft"] or math.nan)
+            more[name] = report[name] | ratio(report[name]["policy"], report[name]["sft"])
     return {**report, **more}
+
+
+def ratio(policy: float, sft: float) -> dict[str, Any]:
+    if sft == 0:
+        return {"open": "it is 0 for the SFT model's answers, so there is nothing to compare with"}
+    return {"ratio": policy / sft}
 
 
 def hacking(report: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +159,8 @@ def hacking(report: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, An
 
     found: `judged` of the report; where nobody judged nothing was measured, and that is no question for a person.
     """
+    if nothing_gained(report):
+        return {"overrated": 0.0, "by": NO_DIFFERENCE}
     match found.get("who"):
         case GOLD.who:
             return {"overrated": report["overrated"], "by": found["by"]}

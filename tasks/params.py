@@ -309,6 +309,7 @@ class Gates(Section):
 
 
 class Register(Section):
+    enabled: bool  # false: gates and verdict, and nothing is put into MLflow's registry
     approval: bool  # a person says yes before a policy that passed all gates becomes the champion
     gates: Gates
 

@@ -5,7 +5,8 @@
 A version holds a model's DVC hash and where DVC keeps it, not its weights; tasks/registered_model.py is what MLflow
 runs when the version is loaded. The same hash is the same version, so the stage is safe to repeat. The alias
 `candidate` is moved to the versions of this run when all of them exist; `champion` only if the policy passes every
-gate (tasks/gates.py). Where a gate had nobody to judge it, a person decides.
+gate (tasks/gates.py). Where a gate could not be measured, a person decides. The verdict (tasks/verdict.py) says what
+came of it. With `register.enabled: false` the registry is read and not written.
 """
 
 from __future__ import annotations
@@ -24,19 +25,18 @@ from tasks.labels.whose import whose_labels
 from tasks.lineage import hash_path
 from tasks.stage import Stage, UserError
 from tasks.tracking import connect, masked, tracking_uri
+from tasks.verdict import NOT_REGISTERED, PROMOTED, WAITS, Standing, in_markdown, verdict
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 MODELS = ("sft", "reward", "policy")
-REPORTS = ("prepare", "demonstrate", "rank", "reward", "evaluation", "judge")
+REPORTS = ("prepare", "demonstrate", "rank", "reward", "ppo", "evaluation", "judge")
 SAMPLES = "data/reports/evaluation/samples.jsonl"
-CANDIDATE = "candidate"
-WAITS = "waits for approval"
 MAIN_FIGURES = (
     *("gold.base", "gold.sft", "gold.policy", "gold.gain", "win_rate"),
-    *("score.gain", "score_win_rate", "kl"),
+    *("score.gain", "score_win_rate", "kl", "overoptimisation.kept_update"),
 )
 # Given, because MLflow's own search for them imports the model and asks the network
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "fsspec", "s3fs", "pandas")
@@ -50,31 +50,19 @@ def run(stage: Stage) -> None:
     hashes = {name: hash_path(folder) for name, folder in folders.items()}
     samples = stage.dep("data/reports/evaluation/samples.jsonl")
     stores = dvc_stores(stage.root)
-    run_id = stage.tracker.run_id()
+    params = stage.params.register_
+    run_id = stage.tracker.run_id() if params.enabled else ""
 
     from mlflow.exceptions import MlflowException
 
     try:
         client = connect()
-        versions = {}
-        for name, md5 in hashes.items():
-            config = {
-                "kind": "reward" if name == "reward" else "language",
-                "path": f"data/models/{name}",
-                "md5": md5,
-                "stores": stores,
-                "max_new_tokens": stage.params.text.max_response_tokens,
-                "batch_size": 16,
-            }
-            versions[name] = find_version(client, name, md5) or make_version(client, name, config, run_id)
-            for figure, value in main_figures(reports["evaluation"]).items():
-                client.set_model_version_tag(name, versions[name], f"evaluation.{figure}", f"{value:.6g}")
-        for name, number in versions.items():
-            client.set_registered_model_alias(name, CANDIDATE, number)
-        policy = client.get_model_version("policy", versions["policy"])
-        rival = rival_of(client, policy)
-        limits = stage.params.register_.gates
-        duel = None
+        versions = {name: find_version(client, name, md5) for name, md5 in hashes.items()}
+        if params.enabled:
+            versions = make_versions(client, hashes, versions, stores, run_id, stage.params.text.max_response_tokens)
+        rival = rival_of(client, hashes["policy"])
+        limits = params.gates
+        duel: dict[str, Any] = {}
         if rival is None:
             limits = limits.model_copy(update={"champion_win_rate_low": None})
         else:
@@ -87,53 +75,93 @@ def run(stage: Stage) -> None:
             )
             reports["champion"] = {"champion": duel}
         judged = gates.evaluate(limits, reports.values())
-        companions = {f"with.{name}": versions[name] for name in registry.COMPANIONS}
         happened = what_happened(reports)
-        put_on_record(client, policy, happened, judged, rival, companions | {"evaluation.samples": hash_path(samples)})
-        promotion = promote_if_due(client, policy, judged, approval=stage.params.register_.approval)
+        outcome = NOT_REGISTERED
+        if params.enabled:
+            policy = client.get_model_version("policy", str(versions["policy"]))
+            for name, number in versions.items():
+                for figure, value in main_figures(reports).items():
+                    client.set_model_version_tag(name, number, f"evaluation.{figure}", f"{value:.6g}")
+                client.set_registered_model_alias(name, registry.CANDIDATE, number)
+            companions = {f"with.{name}": str(versions[name]) for name in registry.COMPANIONS}
+            tags = companions | {"evaluation.samples": hash_path(samples)}
+            put_on_record(client, policy, happened, judged, rival, tags)
+            outcome = promote_if_due(client, policy, judged, approval=params.approval)
+        champion = registry.champion(client)
     except (MlflowException, OSError) as error:
         raise UserError(
             f"MLflow at {masked(tracking_uri())} did not take the models: {masked(str(error)).splitlines()[0]}\n"
             "The stage can be repeated: what is registered already is found again."
         ) from error
+    standing = Standing(
+        policy=f"policy/{versions['policy']}" if params.enabled else "",
+        outcome=outcome,
+        champion=f"policy/{champion.version}" if champion else "",
+        rival=f"policy/{rival.version}" if rival else "",
+    )
+    told = verdict(reports, judged, standing)
     for gate in judged:
         print(f"gate {gate}")
-    print(f"policy/{policy.version}: {promotion}")
-    if promotion == WAITS:
-        print(f'if it is to be the champion: make promote VERSION=policy/{policy.version} REASON="..."')
+    print(f"{standing.policy or 'policy'}: {outcome}")
     stage.tracker.metrics({f"gate/{gate.name}": float(gate.passed) for gate in judged if not gate.open})
-    numbers = {name: value for name, value in (duel or {}).items() if not isinstance(value, str)}
+    numbers = {name: value for name, value in duel.items() if not isinstance(value, str)}
     stage.tracker.metrics({f"champion/{name}": value for name, value in numbers.items()})
-    stage.tracker.note(f"{happened}\n- **Gates**: {verdict(judged)}. policy/{policy.version}: {promotion}.")
-    registered: dict[str, Any] = {name: {"version": versions[name], "md5": hashes[name]} for name in hashes}
-    registered["champion"] = promotion
+    stage.tracker.note(f"{in_markdown(told)}\n\n{happened}")
+    numbered = {name: {"version": number} for name, number in versions.items() if params.enabled}
+    registered: dict[str, Any] = {name: {**numbered.get(name, {}), "md5": md5} for name, md5 in hashes.items()}
+    registered["champion"] = outcome
     if rival is not None:
-        registered["against_champion"] = {"version": str(rival.version), **(duel or {})}
+        registered["against_champion"] = {"version": str(rival.version), **duel}
     registered["gates"] = {
         gate.name: {"value": gate.value, gate.side.replace(" ", "_"): gate.limit, "passed": gate.passed}
         | ({"by": gate.by} if gate.by else {})
         | ({"open": gate.open} if gate.open else {})
         for gate in judged
     }
+    registered["verdict"] = told
     write_json(stage.out("data/reports/registered.json"), registered)
 
 
-def rival_of(client: MlflowClient, policy: ModelVersion) -> ModelVersion | None:
-    """Whom the policy must beat: the champion; if it is the champion itself, the one that it had to beat for that."""
+def make_versions(
+    client: MlflowClient,
+    hashes: dict[str, str],
+    known: dict[str, str | None],
+    stores: list[dict[str, Any]],
+    run_id: str,
+    max_new_tokens: int,
+) -> dict[str, str | None]:
+    """{model: its version}, made where the registry has none with the model's hash."""
+    versions: dict[str, str | None] = {}
+    for name, md5 in hashes.items():
+        config = {
+            "kind": "reward" if name == "reward" else "language",
+            "path": f"data/models/{name}",
+            "md5": md5,
+            "stores": stores,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": 16,
+        }
+        versions[name] = known[name] or make_version(client, name, config, run_id)
+    return versions
+
+
+def rival_of(client: MlflowClient, md5: str) -> ModelVersion | None:
+    """Whom the policy with this hash must beat: the champion; if it is that itself, the one that it had to beat."""
     current = registry.champion(client)
-    if current is None or current.version != policy.version:
+    if current is None or current.tags.get("dvc.md5") != md5:
         return current
-    before = policy.tags.get("gates.rival")
+    before = current.tags.get("gates.rival")
     return registry.find(client, before) if before else None
 
 
 def against(
     rival: ModelVersion, rows: list[SideBySide], stores: list[dict[str, Any]], seed: int, *, same_reward_model: bool
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Wins, ties and losses against another version's policy, on the prompts that both answered: by the gold score, or
-    where too few have one by the reward model if both were scored by the same; else `open` says that nobody can tell.
+    where too few have one by the reward model if both were scored by the same. Where it cannot be measured, `open` says
+    why.
 
-    Its answers come from DVC's store, by the hash that the version bears; None where they are lost, or were to others.
+    Its answers come from DVC's store, by the hash that the version has; they may be lost, or be to other prompts.
     Today's reward model does not score them: it would favour the policy that was trained to please it.
     """
     import torch
@@ -146,13 +174,11 @@ def against(
         try:
             fetch_object(rival.tags.get("evaluation.samples", ""), SAMPLES, stores, file)
         except OSError as error:
-            print(f"warning: the answers of policy/{rival.version} cannot be had: {error}")
-            return None
+            return {"open": f"the answers of policy/{rival.version} cannot be had: {error}"}
         theirs = {row.prompt: row.scores for row in read_rows(file, SideBySide)}
     pairs = [(row.scores, theirs[row.prompt]) for row in rows if row.prompt in theirs]
     if not pairs:
-        print(f"warning: policy/{rival.version} answered none of these prompts, so the two cannot be compared")
-        return None
+        return {"open": f"policy/{rival.version} answered none of these prompts, so the two cannot be compared"}
     golden = [pair for pair in pairs if all("gold.policy" in scores for scores in pair)]
     lacking = gates.GOLD.lacks(len(golden), len(pairs)) if golden else "no gold score"
     if lacking and not same_reward_model:
@@ -167,7 +193,9 @@ def against(
 def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """A run in five lines of Markdown."""
     reward, evaluation = reports["reward"], reports["evaluation"]
-    judged = gates.judged(gates.together(reports.values()))
+    figures = gates.together(reports.values())
+    judged = gates.judged(figures)
+    kept, updates = (reports["ppo"]["ppo"][name] for name in ("kept_update", "updates"))
     gold, peak = "gold" in evaluation, "overoptimisation.gold_peak_update"
 
     def told(report: Mapping[str, Any], name: str, spec: str = ".3g") -> str:
@@ -185,24 +213,22 @@ def what_happened(reports: Mapping[str, Mapping[str, Any]]) -> str:
     height = f"gold was highest after update {told(evaluation, peak)}{turned}"
     others = "reward.held_out_labelers_accuracy"
     heard = f"; of held-out labelers' pairs {told(reward, others, '.0%')}" if gates.figure_at(reward, others) else ""
+    better = (
+        f"win rate {told(judged, 'win_rate', '.0%')} by {judged.get('by', 'nobody')}; its {gained} gained "
+        f"{told(evaluation, f'{gained}.gain')}: {of(gained)}.{lacking}"
+    )
     lines = [
-        f"**Policy against SFT**: win rate {told(judged, 'win_rate', '.0%')} by {judged.get('by', 'nobody')}; its "
-        f"{gained} gained {told(evaluation, f'{gained}.gain')}: {of(gained)}.{lacking}",
+        f"**Policy against SFT**: {'the policy is the SFT model.' if gates.nothing_gained(figures) else better}",
         f"**What it cost**: KL {told(evaluation, 'kl')} nats an answer; length {of('length')} tokens; ended properly "
         f"{of('ended')}; repetition {of('repetition')}.",
         f"**Reward model**: orders {told(reward, 'reward.accuracy', '.0%')} of held-out pairs as the labelers did; "
         f"their noise allows {told(reward, 'reward.noise_ceiling', '.0%')}; calibration error "
         f"{told(reward, 'reward.calibration_error')}{heard}.",
         f"**Labels**: {whose_labels(reports)}.",
-        f"**Over-optimisation**: kept after update {told(evaluation, 'overoptimisation.kept_update')}; "
+        f"**Over-optimisation**: update {kept} of {updates} is kept; "
         f"{'gold was not measured on the way' if gates.figure_at(evaluation, peak) is None else height}.",
     ]
     return "\n".join(f"- {line}" for line in lines)
-
-
-def verdict(judged: list[gates.Gate]) -> str:
-    missed = [gate for gate in judged if not gate.passed]
-    return "; ".join(str(gate) for gate in missed) if missed else f"all {len(judged)} passed"
 
 
 def put_on_record(
@@ -235,7 +261,7 @@ def put_on_record(
 
 
 def promote_if_due(client: MlflowClient, policy: ModelVersion, judged: list[gates.Gate], *, approval: bool) -> str:
-    """What became of it: `promoted`, `refused: ...`, what a person said against it, or `waits for approval`."""
+    """What became of it: PROMOTED, `refused: ...`, what a person said against it, or WAITS."""
     failed = [gate.name for gate in judged if gate.failed]
     current = registry.champion(client)
     if failed:
@@ -246,13 +272,16 @@ def promote_if_due(client: MlflowClient, policy: ModelVersion, judged: list[gate
         if approval or any(gate.open for gate in judged):
             return WAITS
     registry.promote(client, str(policy.version), author="gates", reason="all gates passed")
-    return "promoted"
+    return PROMOTED
 
 
-def main_figures(report: dict[str, Any]) -> dict[str, float]:
-    """The figures of the evaluation that a version bears, with dotted names."""
-    found = {figure: gates.figure_at(report, figure) for figure in MAIN_FIGURES}
-    return {figure: value for figure, value in found.items() if value is not None}
+def main_figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of the evaluation that a version has, with dotted names; no win rate of a model over itself."""
+    found = {figure: gates.figure_at(reports["evaluation"], figure) for figure in MAIN_FIGURES}
+    nothing = gates.nothing_gained(gates.together(reports.values()))
+    return {
+        figure: value for figure, value in found.items() if value is not None and not (nothing and "win_rate" in figure)
+    }
 
 
 def dvc_stores(root: Path) -> list[dict[str, Any]]:

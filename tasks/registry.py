@@ -26,18 +26,26 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
+CANDIDATE = "candidate"  # the version of the newest run
 COMPANIONS = ("sft", "reward")  # of a policy
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's codes: no model, no version, no such alias
+KEPT_UPDATE = "evaluation.overoptimisation.kept_update"  # a tag of a version
+LISTED = 8  # versions in a message
 TAKEN_BACK = ("rolled_back", "declined")  # by a person: the gates alone do not promote such a version
 
 
 def champion(client: MlflowClient) -> ModelVersion | None:
     """The policy version that is the champion now."""
+    return with_alias(client, CHAMPION)
+
+
+def with_alias(client: MlflowClient, alias: str, model: str = "policy") -> ModelVersion | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias("policy", CHAMPION)
+        return client.get_model_version_by_alias(model, alias)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no such alias
+        if error.error_code in ABSENT:
             return None
         raise
 
@@ -96,11 +104,31 @@ def find(client: MlflowClient, number: str, model: str = "policy") -> ModelVersi
 
     try:
         return client.get_model_version(model, number)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
+            raise
         raise UserError(
-            f"MLflow at {masked(tracking_uri())} has no {model}/{number}; "
-            "`python -m tasks.registry list` shows what it has."
+            f"MLflow at {masked(tracking_uri())} has no {model}/{number}; {_there_are(client, model)}"
         ) from None
+
+
+def known(client: MlflowClient, model: str = "policy") -> dict[str, str]:
+    """Its versions with their aliases, newest first: {"policy/3": "candidate, champion", "policy/2": ""}."""
+    if not client.search_registered_models(f"name = '{model}'"):
+        return {}
+    aliases = dict(client.get_registered_model(model).aliases)
+    numbers = sorted((int(found.version) for found in client.search_model_versions(f"name = '{model}'")), reverse=True)
+    return {
+        f"{model}/{number}": ", ".join(sorted(alias for alias, at in aliases.items() if int(at) == number))
+        for number in numbers
+    }
+
+
+def _there_are(client: MlflowClient, model: str) -> str:
+    """The end of a message that a version does not exist."""
+    named = [f"{name} ({aliases})" if aliases else name for name, aliases in known(client, model).items()]
+    more = f" and {len(named) - LISTED} older ones" if len(named) > LISTED else ""
+    return f"there are {', '.join(named[:LISTED])}{more}." if named else f"{_told(model)} has no version yet."
 
 
 def set_tags(client: MlflowClient, number: str, kind: str, author: str, reason: str, **more: str) -> None:
@@ -120,17 +148,14 @@ def parse_version(text: str) -> tuple[str, str]:
 
 def resolve(client: MlflowClient, text: str, models: tuple[str, ...] = ("policy",)) -> ModelVersion:
     """The version that `policy/3` or `policy@candidate` names. models: those that serve here."""
-    from mlflow.exceptions import MlflowException
-
     name, number = parse_version(text)
     if name not in models:
         raise UserError(f"`{text}` is no version of the policy; write it as policy/3 or policy@candidate.")
     if not number.startswith("@"):
         return find(client, number, name)
-    try:
-        return client.get_model_version_by_alias(name, number[1:])
-    except MlflowException:
-        raise UserError(f"no version of {_told(name)} has the alias `{number[1:]}`.") from None
+    if (found := with_alias(client, number[1:], name)) is None:
+        raise UserError(f"no version of {_told(name)} has the alias `{number[1:]}`; {_there_are(client, name)}")
+    return found
 
 
 def _told(model: str) -> str:
@@ -156,19 +181,18 @@ def table(client: MlflowClient) -> Table:
         "made from",
         "champion because",
     ):
-        shown.add_column(column)
-    if not client.search_registered_models("name = 'policy'"):
+        shown.add_column(column, overflow="fold")
+    aliases = known(client)
+    if not aliases:
         raise UserError("nothing is registered yet: `make run` does it at its end.")
-    aliases: dict[str, list[str]] = {}
-    for alias, number in dict(client.get_registered_model("policy").aliases).items():
-        aliases.setdefault(str(number), []).append(alias)
     for version in versions(client):
         tags = version.tags
         shown.add_row(
             f"policy/{version.version}",
-            ", ".join(sorted(aliases.get(str(version.version), []))),
+            aliases.get(f"policy/{version.version}", ""),
             through_gates(version),
-            *(tags.get(f"evaluation.{name}", "") for name in ("win_rate", "gold.gain", "score_win_rate", "kl")),
+            "is the SFT model" if tags.get(KEPT_UPDATE) == "0" else tags.get("evaluation.win_rate", ""),
+            *(tags.get(f"evaluation.{name}", "") for name in ("gold.gain", "score_win_rate", "kl")),
             tags.get("git.commit", "")[:8],
             taken_back(version) or promoted(version),
         )

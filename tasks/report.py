@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -49,7 +49,7 @@ def run(stage: Stage) -> None:
         ("policy", stage.dep("data/models/policy")),
     ]
     drawn = draw(tables, rows, int(reports["ppo"]["ppo"]["kept_update"]))
-    limits = stage.params.register_.gates.model_copy(update={"champion_win_rate_low": None})
+    registered = json.loads(stage.dep("data/reports/registered.json").read_text(encoding="utf-8"))
     facts = {
         "parameters": flat_params(stage.params, stage.spec.params),
         "figures": main_figures(reports),
@@ -58,9 +58,9 @@ def run(stage: Stage) -> None:
         labels=whose_labels(reports),
         reports=reports,
         evaluation=reports["evaluation"],
-        judged=gates.judged(gates.together(reports.values())),
+        verdict=registered["verdict"],
         figures=drawn,
-        gates=gates.evaluate(limits, reports.values()),
+        gates=[gate_of(name, registered["gates"][name]) for name in gates.FIGURES if name in registered["gates"]],
         samples=[marked(row) for row in spread(rows)],
         judge_of_samples=judge_of(rows),
         made=[(what, path.relative_to(stage.root), hash_path(path)) for what, path in made],
@@ -79,6 +79,13 @@ def run(stage: Stage) -> None:
 
 
 REWARD_TABLES = ("slices", "reliability", "probes", "scores")
+
+
+def gate_of(name: str, row: Mapping[str, Any]) -> gates.Gate:
+    """As `register` wrote it down."""
+    side: Literal["at least", "at most"] = "at least" if "at_least" in row else "at most"
+    limit = row[side.replace(" ", "_")]
+    return gates.Gate(name, side, limit, row["value"], row.get("by", ""), row.get("open", ""))
 
 
 def table(path: Path) -> list[dict[str, str]]:

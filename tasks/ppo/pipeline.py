@@ -75,14 +75,20 @@ def train_policy(stage: Stage) -> None:
         ],
     )
     last = {name: value for name, value in history[-1].items() if name != "update"}
-    kept = {
+    held_out = trainer.watch.kept  # without it the last update is kept
+    kept: dict[str, Any] = {
         "updates": trainer.update,
         "kept_update": trainer.kept_update,
         "stopped_early": int(bool(trainer.watch.stopped)),
+        "kept_score": held_out.score if held_out else last["score"],
+        "kept_kl": held_out.kl if held_out else last["kl"],
     }
+    stage.tracker.metrics({f"ppo/{name}": kept[name] for name in ("kept_update", "kept_score", "kept_kl")})
     start = {} if trainer.held_out_start is None else {"held_out_start": trainer.held_out_start.score}
     best = {} if trainer.watch.best is None else {"held_out_best": trainer.watch.best.score}
-    write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {**kept, **start, **best, **last}})
+    # of weights that are not kept, history.csv tells
+    rest = last if trainer.kept_update == trainer.update else {}
+    write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {**kept, **start, **best, **rest}})
     print(f"ppo: the policy after update {trainer.kept_update} of {trainer.update} is kept")
 
 

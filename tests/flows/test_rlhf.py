@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from prefect.client.schemas.objects import State
 from prefect.settings import get_current_settings
+from rich.console import Console
 from ruamel.yaml import YAML
 
 from flows import dvc_stage
-from flows.report import METRICS, SAMPLES, Report, Row, evaluation, figure_of
+from flows.report import METRICS, REGISTERED, SAMPLES, Report, Row, evaluation, figure_of, print_report
 from flows.rlhf import main, needed, rlhf
 from tasks.datasets import write_json
 from tasks.lineage import load_stages
-from tests.flows.toy import Toy, ask, wait_until
+from tests.flows.toy import ROOT, Toy, ask, wait_until
 
 
 def run(targets: list[str] | None = None) -> tuple[State[Report], dict[str, Row]]:
@@ -45,7 +50,7 @@ def test_runs_skips_and_restores(in_toy: Toy) -> None:
     assert [row.status for row in rows.values()] == ["ran", "ran", "ran"]
     assert rows["last"].figure == "toy.length 13"
 
-    lock = (in_toy.root / "dvc.lock").read_text()
+    lock = (in_toy.root / "dvc.lock").read_text(encoding="utf-8")
     state, rows = run()
     assert [row.status for row in rows.values()] == ["cached", "cached", "cached"]
     assert {name for name, _ in states_in_prefect(state).values()} == {"Cached"}
@@ -58,7 +63,7 @@ def test_runs_skips_and_restores(in_toy: Toy) -> None:
     _, rows = run()
     assert rows["left"].status == "cached"
     assert in_toy.starts("left") == 2
-    assert (in_toy.root / "dvc.lock").read_text() == lock
+    assert (in_toy.root / "dvc.lock").read_text(encoding="utf-8") == lock
 
 
 def test_a_failure_shows_the_stage_s_own_words(in_toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +118,71 @@ def test_only_what_the_named_stages_need(in_toy: Toy) -> None:
     assert list(rows) == ["left"]
 
 
+def test_what_was_not_part_of_the_run_is_not_shown_and_what_is_out_of_date_is_named(
+    in_toy: Toy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lying_there(in_toy.root, "policy/2 is refused.")
+    monkeypatch.setattr("flows.rlhf.load_params", lambda _path: None)
+    assert main(["left"]) == 0
+    out = capsys.readouterr().out
+    assert "Out of date, and not asked for: right, last." in out
+    for of_another_run in ("an old answer", "is refused", "report.html"):
+        assert of_another_run not in out
+    run()
+    assert main(["left"]) == 0
+    assert "Out of date" not in capsys.readouterr().out
+
+
+def lying_there(root: Path, headline: str) -> None:
+    """What an earlier run left."""
+    write_json(root / SAMPLES.parent / "unused.json", {})
+    answers = dict.fromkeys(("base", "sft", "policy"), "an old answer")
+    (root / SAMPLES).write_text(json.dumps({"prompt": "p", **answers}) + "\n")
+    verdict = {
+        **{"headline": headline, "facts": [{"name": "Champion now", "text": "none"}]},
+        **{"next": [{"command": 'make promote VERSION=policy/2 REASON="..."', "what": "make it the champion"}]},
+        **{"policy": "policy/2", "outcome": "refused: kl", "champion": "", "rival": "", "nothing_gained": False},
+        **{"kept_update": 6, "updates": 8, "gates_failed": ["kl"], "gates_open": []},
+    }
+    write_json(root / REGISTERED, {"verdict": verdict})
+
+
+def shown(*stages: str, width: int = 80) -> str:
+    rows = [Row(stage, "ran", 1.0, f"{stage}.comparisons_extra_of_labelers 1,234,567", "", "") for stage in stages]
+    console = Console(width=width, file=StringIO(), record=True)
+    print_report(rows, console)
+    return console.export_text()
+
+
+def test_the_end_shows_the_verdict_of_a_run_that_registered_and_folds_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lying_there(tmp_path, "told by register")
+    champions = iter([None, SimpleNamespace(version="2"), None])
+    monkeypatch.setattr("flows.report.champion", lambda _client: next(champions))
+    monkeypatch.setattr("flows.report.connect", lambda: None)
+    text = shown("evaluate", "register", "report")
+    for part in ("an old answer", "policy/2 is refused: it failed kl.", "make promote VERSION=policy/2", "report.html"):
+        assert part in text
+    # promoted by hand since: DVC does not run `register` for that, and nobody is asked to do it again
+    text = shown("register")
+    assert "policy/2 is the champion, though it failed kl." in text
+    assert "make promote" not in text
+    narrow = shown("register", "comparisons", "comparisons_extra", width=40)
+    assert "\u2026" not in narrow
+    assert "comparisons_extra" in "".join(re.findall(r"^│ (\S*) *│", narrow, re.MULTILINE))
+
+
+def test_columns_of_tables_fold_names_and_never_cut_them() -> None:
+    for file in (*ROOT.glob("flows/*.py"), *ROOT.glob("tasks/**/*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_column":
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert options.get("overflow") == "'fold'", f"{file}:{node.lineno}"
+                assert "no_wrap" not in options, f"{file}:{node.lineno}"
+
+
 def test_same_lock_as_dvc_repro(in_toy: Toy) -> None:
     """As content: where two stages ran side by side, the one that ended first stands first."""
     lock = in_toy.root / "dvc.lock"
@@ -164,6 +234,10 @@ def test_the_evaluation_in_markdown_without_a_gold_score(tmp_path: Path, monkeyp
     assert "There is no gold score: these prompts have no ticket." in told
     assert "- win rate over SFT by the reward model: 0.75 [0.75, 0.75]" in told
     assert "gold |" not in told
+    METRICS.write_text(json.dumps({"score": score, **rate, "overoptimisation": {"kept_update": 0}}))
+    assert "the policy is the SFT model" in evaluation()
+    assert "win rate" not in evaluation()
+    METRICS.write_text(json.dumps({"score": score, **rate}))
     assert "Labels" not in told
     for stage, count in (("demonstrate", "count"), ("rank", "rankings")):
         report = {stage: {count: 9, "by_people": 4, "by_simulated": 5}}

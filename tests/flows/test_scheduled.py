@@ -57,7 +57,8 @@ def repo(in_toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 def champion(root: Path, what: str) -> None:
-    told = {"champion": what, "policy": {"version": "3"}}
+    facts = [{"name": "PPO kept", "text": "update 6 of 8"}, {"name": "Champion now", "text": "none"}]
+    told = {"champion": what, "policy": {"version": "3"}, "verdict": {"facts": facts}}
     (root / "register.py").write_text(
         "from pathlib import Path\nfile = Path('data/reports/registered.json')\n"
         f"file.parent.mkdir(parents=True, exist_ok=True)\nfile.write_text({json.dumps(told)!r})\n"
@@ -110,6 +111,8 @@ def test_a_run_in_its_own_workspace(repo: Toy, webhook: list[str]) -> None:
     assert "last.txt" in shell(repo.root, "git", "show", f"{result['branch']}:dvc.lock")
     assert len(webhook) == 1
     assert "policy/3 is the champion now" in webhook[0]
+    assert "PPO kept: update 6 of 8" in webhook[0]
+    assert "Champion now" not in webhook[0], "it was asked for after the verdict"
     assert result["branch"] in webhook[0]
     # the next night: nothing is merged, so it finds the same out again, and tells nobody a second time
     assert pipeline(params={"toy.size": 2}, notification="custom-webhook/team", return_state=True).is_completed()

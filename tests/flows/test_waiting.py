@@ -60,6 +60,7 @@ def test_make_run_says_how_many_are_missing_and_goes_on(asking: Toy, capsys: pyt
         assert word not in out
     assert "Traceback" not in err
     assert asking.starts("last") == 0
+    assert main(["--waits-ok"]) == 0, "for make, which would call it an error"
 
     asking.label("bo")
     assert main([]) == 0

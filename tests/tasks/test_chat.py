@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tasks import chat as chat_module
-from tasks.chat import Chat, Loaded, load, main, pinned, switch
+from tasks.chat import Chat, Loaded, default_model, load, main, pinned, switch
 from tasks.conversations import Conversation, single
 from tasks.models import load_language_model, load_tokenizer
 from tasks.stage import UserError
@@ -134,8 +134,10 @@ def test_what_cannot_be_talked_to_is_told(tmp_path: Path, monkeypatch: pytest.Mo
         load(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(UserError, match="models:/policy@champion from MLflow"):
+    with pytest.raises(UserError, match="no version of the policy has the alias `champion`; the policy has no version"):
         load("models:/policy@champion")
+    with pytest.raises(UserError, match=r"there is no model `polcy`\. There is no model yet: `make run`"):
+        load("polcy")
 
 
 @pytest.mark.filterwarnings("ignore:.*[Tt]ype hint:UserWarning")  # MLflow warns of its own code
@@ -165,7 +167,20 @@ def test_a_registered_version(
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     client.create_registered_model("policy")
     client.create_model_version("policy", str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="no version of the policy has the alias `champion`; there are policy/1"):
+        load("champion")
+    assert default_model() == "policy", "nobody's candidate"
+    client.set_registered_model_alias("policy", "candidate", "1")
+    assert default_model() == "models:/policy/1"
     client.set_registered_model_alias("policy", "champion", "1")
+    assert default_model() == "models:/policy/1"
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines() if "mlflow" not in line] == [
+        *("no policy is registered", "policy/1, the candidate", "policy/1, the champion")
+    ]
+    with pytest.raises(UserError, match=r"has no policy/9; there are policy/1 \(candidate, champion\)\."):
+        load("policy/9")
+    with pytest.raises(UserError, match=r"Did you mean `policy/1`\? There are policy/1 \(candidate, champion\)"):
+        load("policy1")
     for name in ("models:/policy@champion", "policy@champion", "champion", "policy/1", "models:/policy/1"):
         assert pinned(name) == "models:/policy/1"
     loaded = load("champion")
@@ -179,9 +194,9 @@ def test_a_registered_version(
     chat_module.show_models("data/models/sft")
     chat_module.show_models("/elsewhere")
     assert capsys.readouterr().out.splitlines() == [
-        *("  sft", "* policy/1     champion"),
-        *("* sft", "  policy/1     champion"),
-        *("  sft", "  policy/1     champion", "* /elsewhere"),
+        *("  sft", "* policy/1     candidate, champion"),
+        *("* sft", "  policy/1     candidate, champion"),
+        *("  sft", "  policy/1     candidate, champion", "* /elsewhere"),
     ]
 
 
@@ -255,7 +270,7 @@ def test_another_model_goes_on_with_the_conversation(
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("poliyc", "poliyc is no model folder"),
+        ("poliyc", "there is no model `poliyc`. Did you mean `policy`? There are sft, policy; or a model's folder."),
         ("base", "data/models/base is no model folder"),
         ("data/models/reward", "data/models/reward is a reward or value model: it scores answers"),
         ("data/models/damaged", "data/models/damaged cannot be loaded: "),

@@ -81,8 +81,22 @@ def test_a_figure_that_is_not_a_number_does_not_hold() -> None:
             (gate,) = evaluate(Gates(**OPEN | {name: 0.5}), [REPORTS[2] | {"kl": broken, "win_rate_low": broken}])
             assert gate.failed
             assert str(gate) == f"{name}: not measured, at {side} 0.5 asked: failed"
-    silent = {"length": {"sft": 0.0, "policy": 30.0}}
-    assert not evaluate(Gates(**OPEN | {"length_ratio_high": 1.5}), [silent])[0].passed
+    lost = {"length": {"sft": float("nan"), "policy": 30.0}}
+    assert evaluate(Gates(**OPEN | {"length_ratio_high": 1.5}), [lost])[0].failed
+
+
+@pytest.mark.parametrize(
+    ("name", "report"),
+    [
+        ("length_ratio_high", {"length": {"sft": 0.0, "policy": 30.0}}),
+        ("relevance_ratio", {"relevance": {"sft": 0.0, "policy": 0.5}}),
+        ("champion_win_rate_low", {"champion": {"open": "policy/1 answered none of these prompts"}}),
+    ],
+)
+def test_what_nothing_can_measure_waits_for_a_person(name: str, report: dict[str, Any]) -> None:
+    (gate,) = evaluate(Gates(**OPEN | {name: 0.5}), [report])
+    assert (gate.passed, gate.failed, bool(gate.open)) == (False, False, True)
+    assert str(gate) == f"{name}: not measured ({gate.open}), {gate.side} 0.5 asked: a person decides"
 
 
 def asked(name: str, limit: float, *reports: dict[str, Any]) -> str:
@@ -151,6 +165,16 @@ def test_reward_hacking_is_seen_by_gold_or_by_the_judge_and_else_a_person_decide
     )
     # where nothing was measured at all it is no question for a person
     assert evaluate(Gates(**OPEN | {"reward_hacking": 0.2}), REPORTS[:2])[0].failed
+
+
+def test_a_policy_that_is_the_sft_model_has_won_nothing_and_nobody_is_said_to_have_judged() -> None:
+    same = {"ppo": {"kept_update": 0}}
+    by = "by definition, as the policy is the SFT model"
+    assert asked("win_rate_low", 0.55, *REPORTS, same) == (
+        f"win_rate_low: 0.5 {by}, at least 0.55 asked: failed by 0.05"
+    )
+    assert asked("reward_hacking", 0.2, *REPORTS, same) == f"reward_hacking: 0 {by}, at most 0.2 asked: passed"
+    assert asked("win_rate_low", 0.55, *REPORTS, {"ppo": {"kept_update": 2}}).endswith("passed")
 
 
 def test_limits_that_are_not_set_are_not_asked() -> None:

@@ -53,7 +53,7 @@ def test_unknown_key_in_an_optional_section(tmp_path: Path) -> None:
 
 def test_unknown_key_that_is_near_none_lists_the_known(tmp_path: Path) -> None:
     said = complaint(tmp_path, changed("  approval:", "  zzz: 1\n  approval:"))
-    assert "unknown key `register.zzz`; known here: approval, gates" in said
+    assert "unknown key `register.zzz`; known here: enabled, approval, gates" in said
 
 
 def test_wrong_type_and_range_tell_the_value(tmp_path: Path) -> None:

@@ -19,8 +19,12 @@ import pytest
 from tasks import registry
 from tasks.conversations import Conversation
 from tasks.datasets import SideBySide, write_rows
-from tasks.lineage import hash_path
-from tasks.register import against
+from tasks.lineage import hash_path, load_stages
+from tasks.params import load_params
+from tasks.register import against, run
+from tasks.stage import Stage
+from tasks.tracking import Tracker
+from tasks.verdict import in_markdown
 from tests.tiny import CONVERSATION, shell, tiny_model_dir, tiny_repo
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +53,7 @@ REPORTS = {
     "demonstrate": {"demonstrate": {"count": 12, "by_people": 2, "by_simulated": 10}},
     "rank": {"rank": {"rankings": 10, "by_people": 10, "by_simulated": 0}},
     "reward": {"reward": {"accuracy": 0.8, "calibration_error": 0.05}},
+    "ppo": {"ppo": {"kept_update": 8, "updates": 8, "stopped_early": 0}},
     "evaluation": EVALUATION,
     "judge": {"judge": {"used": 0}},
 }
@@ -108,7 +113,7 @@ def run_register(repo: Path, uri: str = "") -> subprocess.CompletedProcess[str]:
 def register(repo: Path) -> dict[str, Any]:
     done = run_register(repo)
     assert done.returncode == 0, done.stderr
-    registered: dict[str, Any] = json.loads((repo / "data/reports/registered.json").read_text())
+    registered: dict[str, Any] = json.loads((repo / "data/reports/registered.json").read_text(encoding="utf-8"))
     return registered
 
 
@@ -135,7 +140,7 @@ def elsewhere(repo: Path, folder: Path, code: str) -> subprocess.CompletedProces
 
 def test_versions_bear_hash_alias_and_figures(repo: Path) -> None:
     client = client_of(repo)
-    registered = json.loads((repo / "data/reports/registered.json").read_text())
+    registered = json.loads((repo / "data/reports/registered.json").read_text(encoding="utf-8"))
     for name in MODELS:
         md5 = hash_path(repo / "data/models" / name)
         assert registered[name] == {"version": "1", "md5": md5}
@@ -154,17 +159,26 @@ def test_the_run_and_the_version_say_what_happened(repo: Path) -> None:
     run = client.get_run(version.run_id)
     note = run.data.tags["mlflow.note.content"]
     assert client.get_run(run.data.tags["mlflow.parentRunId"]).data.tags["mlflow.note.content"] == note
-    lines = note.splitlines()
-    assert len(lines) == 6
+    told = json.loads((repo / "data/reports/registered.json").read_text(encoding="utf-8"))["verdict"]
+    assert (told["policy"], told["outcome"], told["champion"], told["rival"]) == (
+        "policy/1",
+        "promoted",
+        "policy/1",
+        "",
+    )
+    assert (told["gates_passed"], told["gates_failed"], told["gates_open"]) == (12, [], [])
+    verdict, _, happened = note.partition("\n\n- **Policy against")
+    assert verdict == in_markdown(told)
+    lines = f"- **Policy against{happened}".splitlines()
+    assert len(lines) == 5
     assert lines[0] == (
         "- **Policy against SFT**: win rate 80% by the gold score on 40 prompts; its gold gained 0.25: 0.75 (SFT 0.5)."
     )
     assert "KL 3.5 nats an answer; length 38 (SFT 40) tokens" in lines[1]
     assert "80% of held-out pairs as the labelers did; their noise allows not measured" in lines[2]
     assert lines[3] == "- **Labels**: 12 demonstrations: 2 by people, 10 simulated; 10 rankings, all by people."
-    assert lines[4].endswith("kept after update 8; gold was highest after update 6 and has come down since.")
-    assert lines[5] == "- **Gates**: all 12 passed. policy/1: promoted."
-    assert all(line in version.description for line in lines[:5])
+    assert lines[4].endswith("update 8 of 8 is kept; gold was highest after update 6 and has come down since.")
+    assert all(line in version.description for line in lines)
 
 
 def test_no_weights_are_copied(repo: Path) -> None:
@@ -188,7 +202,7 @@ def change_policy(repo: Path, more: str) -> None:
     """The first policy with more white space at the end of a file: another to the hash, the same to a reader."""
     config = repo / "data/models/policy/config.json"
     shell(repo, "dvc", "unprotect", "data/models/policy")
-    config.write_text(config.read_text().rstrip() + "\n" + more)
+    config.write_text(config.read_text(encoding="utf-8").rstrip() + "\n" + more)
 
 
 def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
@@ -250,7 +264,7 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     change_policy(repo, "\n\n")
     write_reports(repo, gold=0.99)
     params = repo / "params.yaml"
-    params.write_text(params.read_text().replace("approval: false", "approval: true"))
+    params.write_text(params.read_text(encoding="utf-8").replace("approval: false", "approval: true"))
     registered = register(repo)
     assert registered["champion"] == "waits for approval"
     assert str(policy_of(repo, "champion").version) == "2"
@@ -258,7 +272,7 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     # 8. a person has said no: that stands, with approval and without
     registry.decline(client_of(repo), registered["policy"]["version"], author="ann", reason="rude")
     assert register(repo)["champion"].startswith("declined: rude (ann, ")
-    params.write_text(params.read_text().replace("approval: true", "approval: false"))
+    params.write_text(params.read_text(encoding="utf-8").replace("approval: true", "approval: false"))
     assert register(repo)["champion"].startswith("declined: rude (ann, ")
 
     # 9. likewise a rollback: the next run does not undo it
@@ -270,16 +284,21 @@ def test_the_champion_moves_through_gates_alone(repo: Path) -> None:
     assert register(repo)["champion"].startswith("rolled back: too long (ann, ")
     assert str(policy_of(repo, "champion").version) == "1"
 
-    # 10. answers of the champion that are damaged cannot be compared with: its gate does not hold
+    # 10. answers of the champion that are damaged cannot be compared with: that is not measured, and a person decides
     rival = policy_of(repo, "champion").tags["evaluation.samples"]
     for stored in repo.parent.rglob(f"files/md5/{rival[:2]}/{rival[2:]}"):
         content = stored.read_bytes()
         stored.unlink()
         stored.write_bytes(content + b" ")
-    assert register(repo)["champion"] == "refused: champion_win_rate_low"
+    change_policy(repo, "\n\n\n")
+    registered = register(repo)
+    assert registered["champion"] == "waits for approval"
+    assert registered["gates"]["champion_win_rate_low"]["open"].startswith("the answers of policy/1 cannot be had: ")
+    assert registered["verdict"]["gates_open"] == ["champion_win_rate_low"]
+    assert f"make promote VERSION=policy/{registered['policy']['version']}" in str(registered["verdict"]["next"])
 
     # as the tests below expect it
-    params.write_text(params.read_text().replace("approval: true", "approval: false"))
+    params.write_text(params.read_text(encoding="utf-8").replace("approval: true", "approval: false"))
     change_policy(repo, "")
     write_reports(repo)
     assert register(repo)["policy"]["version"] == "1"
@@ -299,7 +318,8 @@ def test_without_a_gold_score_a_person_decides_what_nobody_could_judge(repo: Pat
     assert f"gate win_rate_low: 0.78 by {itself}, at least 0.55 asked: passed" in done.stdout
     assert "gate reward_hacking: not measured (there is neither a gold score nor a judge" in done.stdout
     assert "policy/1: waits for approval" in done.stdout
-    assert 'make promote VERSION=policy/1 REASON="..."' in done.stdout
+    told = json.loads((own / "data/reports/registered.json").read_text(encoding="utf-8"))["verdict"]
+    assert {"command": 'make promote VERSION=policy/1 REASON="..."', "what": "make it the champion"} in told["next"]
     client = client_of(own)
     version = policy_of(own, "candidate")
     assert registry.champion(client) is None
@@ -309,7 +329,7 @@ def test_without_a_gold_score_a_person_decides_what_nobody_could_judge(repo: Pat
     run = client.get_run(version.run_id)
     note = run.data.tags["mlflow.note.content"]
     assert f"win rate 85% by {itself}; its score gained 1.5: 2 (SFT 0.5). There is no gold score: these prompts" in note
-    assert "kept after update 8; gold was not measured on the way." in note
+    assert "update 8 of 8 is kept; gold was not measured on the way." in note
     assert "gate/reward_hacking" not in run.data.metrics
     assert "nan" not in note.lower()
 
@@ -326,7 +346,7 @@ def test_without_a_gold_score_a_person_decides_what_nobody_could_judge(repo: Pat
     assert registered["gates"]["reward_hacking"]["value"] == pytest.approx(0.1)
 
     # 3. another policy of the same reward model is held against the champion by that
-    judge = (own / "data/reports/judge/metrics.json").read_text()
+    judge = (own / "data/reports/judge/metrics.json").read_text(encoding="utf-8")
     change_policy(own, "\n")
     write_reports(own, gold=None, score=0.5)
     (own / "data/reports/judge/metrics.json").write_text(judge)
@@ -338,7 +358,7 @@ def test_without_a_gold_score_a_person_decides_what_nobody_could_judge(repo: Pat
     # 4. with another reward model there is no common measure
     config = own / "data/models/reward/config.json"
     shell(own, "dvc", "unprotect", "data/models/reward")
-    config.write_text(config.read_text() + "\n")
+    config.write_text(config.read_text(encoding="utf-8") + "\n")
     registered = register(own)
     assert registered["champion"] == "waits for approval"
     assert registered["gates"]["champion_win_rate_low"]["value"] is None
@@ -364,7 +384,6 @@ def test_a_few_gold_scores_do_not_decide_between_two_policies(
     monkeypatch.setattr("tasks.registered_model.fetch_object", fetch)
     rival = Mock(version="1", tags={})
     found = against(rival, answers(gold=0.8, score=0.0), [], seed=1, same_reward_model=same)
-    assert found is not None
     assert found.get("win_rate") == win_rate
     few = "the gold score has 19 of the 20 prompts that it needs"
     itself = "the reward model (which proves little: the policy was trained to please it) on 40 prompts"
@@ -373,6 +392,48 @@ def test_a_few_gold_scores_do_not_decide_between_two_policies(
         0.0: (f"{itself} ({few})", None),
         None: (None, f"{few}, and policy/1 was scored by another reward model"),
     }[win_rate]
+
+
+@IMPORTS_PYFUNC
+def test_a_champion_that_answered_other_prompts_cannot_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(prompt: str) -> list[SideBySide]:
+        return [SideBySide(prompt=prompt, base="", sft="", policy="", scores={"score.policy": 0.0})]
+
+    monkeypatch.setattr("tasks.registered_model.fetch_object", lambda *given: write_rows(given[3], answers("a ticket")))
+    found = against(Mock(version="1", tags={}), answers("an own prompt"), [], seed=1, same_reward_model=True)
+    assert found == {"open": "policy/1 answered none of these prompts, so the two cannot be compared"}
+
+
+@IMPORTS_PYFUNC
+def test_a_run_that_registers_nothing_has_gates_and_a_verdict(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that PPO brought nothing to: no win rate is shown of a model over itself."""
+    own = tmp_path / "own"
+    shutil.copytree(repo, own, symlinks=True)
+    (own / "mlflow.db").unlink()
+    write_reports(own, win_rate=0.5, win_rate_low=0.5)
+    (own / "data/reports/ppo/metrics.json").write_text(
+        json.dumps({"ppo": {"kept_update": 0, "updates": 2, "stopped_early": 0}})
+    )
+    params = load_params(ROOT / "params.yaml")
+    off = params.model_copy(update={"register_": params.register_.model_copy(update={"enabled": False})})
+    monkeypatch.chdir(own)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{own}/mlflow.db")
+    events: list[Any] = []
+    stage = Stage(load_stages()["register"], off, Tracker.in_memory(events), root=own)
+    run(stage)
+    stage.commit()
+    assert client_of(own).search_registered_models() == []
+    registered = json.loads((own / "data/reports/registered.json").read_text(encoding="utf-8"))
+    told = registered["verdict"]
+    assert registered["champion"] == told["outcome"] == "not registered: register.enabled is false"
+    assert set(registered["policy"]) == {"md5"}
+    assert (told["policy"], told["champion"], told["gates_failed"]) == ("", "", ["win_rate_low"])
+    assert (told["nothing_gained"], told["kept_update"], "win_rate" in told) == (True, 0, False)
+    (note,) = (event["text"] for event in events if event["kind"] == "note")
+    assert "50" not in note.partition("win_rate_low")[0]
+    assert "**Policy against SFT**: the policy is the SFT model." in note
 
 
 def test_loads_by_alias_from_another_process_and_folder(repo: Path, tmp_path: Path) -> None:
@@ -443,7 +504,7 @@ def test_falls_back_to_the_remote_and_refuses_damage(repo: Path, tmp_path: Path)
     md5 = hash_path(repo / "data/models/sft")
     stores = dvc_stores(repo)
     cache, remote = (Path(store["url"]) / "files/md5" for store in stores)
-    listing = json.loads((cache / md5[:2] / md5[2:]).read_text())
+    listing = json.loads((cache / md5[:2] / md5[2:]).read_text(encoding="utf-8"))
     weights = next(entry["md5"] for entry in listing if entry["relpath"] == "model.safetensors")
 
     def fetched(name: str) -> Path:

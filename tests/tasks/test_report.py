@@ -11,7 +11,7 @@ import pytest
 from tasks import figures
 from tasks.datasets import SideBySide
 from tasks.gates import Gate
-from tasks.report import changes, committed, draw, marked, number, render, spread
+from tasks.report import changes, committed, draw, gate_of, marked, number, render, spread
 from tests.tiny import shell, tiny_repo
 
 
@@ -127,7 +127,13 @@ ANSWERS = {"sft": 0.5, "base": 0.5, "policy": 0.5}
 
 
 def page(
-    *, gold: int, judge: bool = False, rank: Any = None, demonstrate: Any = None, more_of_reward: Any = None
+    *,
+    gold: int,
+    judge: bool = False,
+    rank: Any = None,
+    demonstrate: Any = None,
+    more_of_reward: Any = None,
+    nothing_gained: bool = False,
 ) -> str:
     """Of a run on four prompts. gold: how many of them have a ticket. rank, demonstrate: figures of people's work."""
     evaluation: dict[str, Any] = {
@@ -145,6 +151,12 @@ def page(
         row.scores.pop("gold.sft")
         row.scores.pop("gold.policy")
     verdicts = {"sft": {"pairs": 0}} if judge else {}
+    told = {
+        "headline": "policy/2 is <refused>.",
+        "facts": [{"name": "Win rate over SFT", "text": f"75 %, by {by} on {gold or 4} prompts"}],
+        "next": [{"command": "make chat MODEL=models:/policy/2", "what": "talk to it"}],
+        "nothing_gained": nothing_gained,
+    }
     return render(
         reports={
             "judge": {
@@ -164,7 +176,7 @@ def page(
         },
         labels="4 demonstrations, all simulated",
         evaluation=evaluation,
-        judged={"win_rate": 0.75, "win_rate_low": 0.7, "win_rate_high": 0.8, "by": f"{by} on {gold or 4} prompts"},
+        verdict=told,
         figures=dict.fromkeys(
             ("slices", "overoptimisation", "ppo", "accuracy", "reliability", "probes", "scores"), "drawn"
         ),
@@ -201,6 +213,23 @@ def test_the_page_without_with_and_with_some_gold_scores() -> None:
     for one in (without, some, full):
         assert "nan" not in one.lower()
         assert "labelers' noise is not known" in one
+
+
+def test_the_verdict_stands_on_top_and_a_model_is_not_compared_with_itself() -> None:
+    gained, nothing = (page(gold=4, nothing_gained=nothing) for nothing in (False, True))
+    for one in (gained, nothing):
+        top = one.partition("<table>")[0]
+        assert "policy/2 is &lt;refused&gt;." in top
+        assert one.index("policy/2 is") < one.index("make chat MODEL=models:/policy/2") < one.index("<h2>")
+    assert ["<td>SFT</td>" in one for one in (gained, nothing)] == [True, False]
+    assert ["The policy gains" in one for one in (gained, nothing)] == [True, False]
+
+
+def test_gates_are_those_that_register_wrote_down() -> None:
+    by = {"value": 0.6, "at_least": 0.55, "passed": True, "by": "the judge"}
+    assert gate_of("win_rate_low", by) == Gate("win_rate_low", "at least", 0.55, 0.6, by="the judge")
+    open_ = {"value": None, "at_most": 0.2, "passed": False, "open": "nobody could"}
+    assert gate_of("reward_hacking", open_) == Gate("reward_hacking", "at most", 0.2, None, open="nobody could")
 
 
 PEOPLE: dict[str, Any] = {

@@ -113,10 +113,10 @@ def test_the_stage_and_its_report(folders: dict[str, Path], tmp_path: Path) -> N
     with (reports / "history.csv").open() as file:
         history = list(csv.DictReader(file))
     assert [row["update"] for row in history] == ["1", "2"]
-    report = json.loads((reports / "metrics.json").read_text())["ppo"]
+    report = json.loads((reports / "metrics.json").read_text(encoding="utf-8"))["ppo"]
     assert report["updates"] == 2
     assert {"score", "kl", "approx_kl", "clip_fraction", "policy_loss", "value_loss"} <= set(report)
-    assert report["score"] == float(history[-1]["score"])
+    assert report["score"] == report["kept_score"] == float(history[-1]["score"])
     logged = [call.args for call in tracker.metrics.call_args_list if "ppo/score" in call.args[0]]
     assert [step for _, step in logged] == [1, 2]
     assert logged[1][0]["ppo/kl"] == report["kl"]
@@ -146,14 +146,19 @@ def first_samples(tracker: Mock) -> list[dict[str, Any]]:
 
 
 def test_the_best_policy_on_held_out_prompts_is_kept(folders: dict[str, Path], tmp_path: Path) -> None:
-    run_stage(tmp_path, folders)
+    tracker = run_stage(tmp_path, folders)
     with (tmp_path / "data/reports/ppo/history.csv").open() as file:
         rows = list(csv.DictReader(file))
-    report = json.loads((tmp_path / "data/reports/ppo/metrics.json").read_text())["ppo"]
+    report = json.loads((tmp_path / "data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]
     evaluated = [report["held_out_start"], *(float(row["held_out_score"]) for row in rows)]
     assert report["held_out_best"] == max(evaluated) == evaluated[report["kept_update"]]
     sft, policy = load_language_model(folders["sft"]), load_language_model(tmp_path / "data/models/policy")
     assert (shared_depth(sft, policy, 2) == 2) == (report["kept_update"] == 0)
+    assert report["kept_score"] == evaluated[report["kept_update"]]
+    assert ("score" in report) == (report["kept_update"] == 2), "no figure of weights that are not kept"
+    assert {"ppo/kept_update": report["kept_update"], "ppo/kept_score": report["kept_score"]}.items() <= (
+        next(call.args[0] for call in tracker.metrics.call_args_list if "ppo/kept_score" in call.args[0]).items()
+    )
 
 
 def test_more_layers_than_there_are(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -214,7 +219,7 @@ def test_an_early_stop_is_said_and_marked(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = run_stage(tmp_path, folders, updates=5, entropy_floor=100.0)
-    report = json.loads((tmp_path / "data/reports/ppo/metrics.json").read_text())["ppo"]
+    report = json.loads((tmp_path / "data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]
     assert (report["stopped_early"], report["updates"], report["kept_update"]) == (1, 0, 0)
     out = capsys.readouterr()
     assert "ppo: stopped early: entropy" in out.out + out.err
