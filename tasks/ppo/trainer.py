@@ -73,7 +73,7 @@ class PPOTrainer:
         and how much there is: ("generate", 12, 64).
         """
         self.params, self.seed, self.sampler = params, seed, sampler
-        self.progress = progress or (lambda doing, done, total: None)
+        self.progress = progress or (lambda *_: None)
         self.processes = Processes()
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.end_token = checks.special_token(policy, "eos_token_id", end_token)
