@@ -10,22 +10,22 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 		printf '  make %-11s %s\n' "$$name" "$$text"; done
 
-run: .venv/installed .git  ## set up .venv where it is missing, and run the pipeline: what is out of date, nothing else
-	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf --waits-ok $(STAGES)
+run: .venv/installed .git  ## set up .venv where it is missing, and run what is out of date; QUICK=1: a trial in minutes, apart from it
+	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf --waits-ok $(if $(QUICK),--quick) $(STAGES)
 
 test: .venv/pages .git  ## the same environment, and the tests
 	@$(IN_VENV) exec $(BIN)/python -m pytest $(or $(TESTS),-n 3 --dist loadfile --no-loadscope-reorder)
 
 check: .venv/installed  ## format, lint and types; a warning is an error
-	@$(BIN)/ruff format --check flows tasks tests bench
-	@$(BIN)/ruff check flows tasks tests bench
-	@$(BIN)/mypy flows tasks tests bench
+	@$(BIN)/ruff format --check flows tasks tests bench examples
+	@$(BIN)/ruff check flows tasks tests bench examples
+	@$(BIN)/mypy flows tasks tests bench examples
 	@PATH="$(CURDIR)/$(BIN):$$PATH" hadolint docker/Dockerfile
 	@PATH="$(CURDIR)/$(BIN):$$PATH" check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 
 format: .venv/installed  ## put the code into its format
-	@$(BIN)/ruff format flows tasks tests bench
-	@$(BIN)/ruff check --fix flows tasks tests bench
+	@$(BIN)/ruff format flows tasks tests bench examples
+	@$(BIN)/ruff check --fix flows tasks tests bench examples
 
 ui: .venv/installed  ## MLflow on http://127.0.0.1:5000 and Prefect on http://127.0.0.1:4200, until Ctrl-C
 	@$(IN_VENV) exec $(BIN)/python -m flows.serve --pages $(ARGS)

@@ -214,8 +214,8 @@ def quoted(text: str) -> str:
     return " ".join(re.sub(r"([\\`*_{}\[\]()#+!|<>~$-])", r"\\\1", text).split())
 
 
-def print_report(report: Report, console: Console, stale: Sequence[str] = ()) -> None:
-    """stale: the stages that were not asked for and are out of date."""
+def print_report(report: Report, console: Console, stale: Sequence[str] = (), *, quick: bool = False) -> None:
+    """stale: the stages that were not asked for and are out of date. quick: a run whose figures mean nothing."""
     wide = console.width >= WIDE
     console.print(_table(report, wide))
     if not wide:
@@ -233,6 +233,9 @@ def print_report(report: Report, console: Console, stale: Sequence[str] = ()) ->
         return
     if done(report, "evaluate") and SAMPLES.exists():
         console.print(_answers(json.loads(SAMPLES.read_text(encoding="utf-8").splitlines()[0])))
+    if quick:
+        console.print(_QUICK, soft_wrap=True)
+        return
     found = verdict_of(report)
     if found:
         console.print(Text(f"\n{found['headline']}", style="bold"))
@@ -280,6 +283,15 @@ def _answers(sample: dict[str, Any]) -> Table:
     table.caption_justify = "left"
     table.add_row(*(Text(sample[model].strip()) for model in ("base", "sft", "policy")))
     return table
+
+
+_QUICK = """
+A quick run: it shows that everything works here. So little training says nothing about quality: the figures and answers
+above mean nothing. Nothing was registered; params.yaml, data and models are as they were.
+
+What comes next
+  make run       the same with params.yaml as it stands
+  .rlhf/quick    what this run made, data/reports/report.html among it; remove it whenever you like"""
 
 
 def _next(report: Report, verdict: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ do not depend on each other side by side, and MLflow keeps the record.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import signal
 import sys
@@ -25,6 +26,7 @@ from rich.console import Console
 from flows.console import terminal
 from flows.dvc_stage import WAITS, Outcome, Pool, dvc_stage, outcome_of, unchanged
 from flows.leftovers import mend_leftovers
+from flows.quick import quick_folder, thin_out
 from flows.report import TOLD, Report, pipeline_record, print_report, publish, quoted
 from flows.server import prefect_server
 from tasks.lineage import StageSpec, load_stages, upstream
@@ -94,18 +96,35 @@ def out_of_date(report: Report) -> list[str]:
     return [stage for stage in parents if stage in others and stage not in done]
 
 
+def run_quickly(targets: list[str] | None) -> State[Report]:
+    """In the folder of the quick run: of the data that people brought, a part."""
+    kinds = {source.kind for source in load_params(Path("params.yaml")).data.sources}
+    if kinds != {"prompts"}:
+        prepared = cast("State[Report]", rlhf(["prepare"], return_state=True))
+        if not prepared.is_completed():
+            return prepared
+        thin_out()
+    return cast("State[Report]", rlhf(targets, return_state=True))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the flow for a person. Exit codes: 0 done, 1 a stage failed, 2 something to mend, 3 people must label
     something first (0 with --waits-ok), 130 or 143 stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        targets, waits_ok = _parse(argv)
+        targets, waits_ok, quick = _parse(argv)
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-        with terminal() as log, prefect_server(log.print):
-            state = rlhf(targets, return_state=True)
-        report = cast("Report | Exception", state.result(raise_on_failure=False))
-        if isinstance(report, Exception):
-            raise report
+        with contextlib.ExitStack() as place:
+            with terminal() as log, prefect_server(log.print):
+                if quick:
+                    place.enter_context(quick_folder())
+                    state = run_quickly(targets)
+                else:
+                    state = cast("State[Report]", rlhf(targets, return_state=True))
+            report: Report | Exception = state.result(raise_on_failure=False)
+            if isinstance(report, Exception):
+                raise report
+            print_report(report, console, [] if quick else out_of_date(report), quick=quick)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here.", file=sys.stderr)
         return 130
@@ -119,14 +138,13 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    print_report(report, console, out_of_date(report))
     if state.name == WAITS:
         return 0 if waits_ok else EXIT_WAITS
     return 1 if state.is_failed() else 0
 
 
-def _parse(argv: list[str] | None) -> tuple[list[str] | None, bool]:
-    """(the stages that are asked for, whether waiting for people is a success)"""
+def _parse(argv: list[str] | None) -> tuple[list[str] | None, bool, bool]:
+    """(the stages that are asked for, whether waiting for people is a success, whether it is a quick run)"""
     parser = argparse.ArgumentParser(
         prog="python -m flows.rlhf",
         description="Run the pipeline: every stage that is out of date, and nothing else.",
@@ -139,6 +157,11 @@ def _parse(argv: list[str] | None) -> tuple[list[str] | None, bool]:
         action="store_true",
         help="end with 0 and not 3 where people must label something first: make calls every other exit code an error",
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a trial in minutes, in .rlhf/quick: small sizes, and nothing is registered",
+    )
     arguments = parser.parse_args(argv)
     wanted: list[str] = arguments.stage
     try:
@@ -148,7 +171,7 @@ def _parse(argv: list[str] | None) -> tuple[list[str] | None, bool]:
     needed(known, wanted)
     if Path("params.yaml").exists():
         load_params(Path("params.yaml"))  # a wrong key is told now, not when the stage that reads it has its turn
-    return wanted or None, arguments.waits_ok
+    return wanted or None, arguments.waits_ok, arguments.quick
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def open_workspace(id: str, revision: str = "HEAD", repository: str = ".", adopt
         if not (workspace.path / START).exists():
             shutil.rmtree(workspace.path, ignore_errors=True)  # one that broke off while it was made
             commit = _check_out(workspace, revision)
-            _point_dvc_to_shared_store(workspace)
+            share_dvc_store(workspace)
             if adopt:
                 _adopt_checkpoints(workspace)
             (workspace.path / START).parent.mkdir(exist_ok=True)
@@ -263,10 +263,11 @@ def commit_of(repository: Path, *names: str) -> str:
     raise UserError(f"{repository} has no commit `{names[-1]}`.")
 
 
-def _point_dvc_to_shared_store(workspace: Workspace) -> None:
+def share_dvc_store(workspace: Workspace, *, git: bool = True) -> None:
     """The workspace's `.dvc/config.local`: the repository's own, with its cache and with whole paths to its remotes.
 
     What comes from a remote is held against its hash: DVC by itself trusts all remotes but folders.
+    git: whether the workspace is git's; DVC refuses a folder that git ignores.
     """
     if is_address(workspace.repository):
         home = home_of(workspace.repository)
@@ -287,6 +288,7 @@ def _point_dvc_to_shared_store(workspace: Workspace) -> None:
     config.read(Path(workspace.repository) / ".dvc/config.local")
     for section, key, value in (
         ("cache", "dir", str(cache)),
+        ("core", "no_scm", str(not git).lower()),
         *((f"'remote \"{name}\"'", "url", url) for name, url in remotes.items()),
         *((f"'remote \"{name}\"'", "verify", "true") for name in remotes),
     ):

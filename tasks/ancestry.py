@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.lineage import StageSpec, load_stages, upstream
 from tasks.stage import UserError
-from tasks.tracking import masked, tracking_uri
+from tasks.tracking import experiments, masked, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,9 +78,8 @@ def inside(path: str, folder: str) -> bool:
 
 def made_by(client: MlflowClient, stage: str, hashes: dict[str, str], store: Store) -> Recorded:
     """The newest finished run of the stage that wrote all these; a file within an out is looked up in its listing."""
-    experiment = client.get_experiment_by_name("rlhf")
     query = f"tags.`dvc.stage` = '{stage}' and attributes.status = 'FINISHED'"
-    runs = client.search_runs([experiment.experiment_id], query, max_results=1000) if experiment else []
+    runs = client.search_runs(known, query, max_results=1000) if (known := experiments(client)) else []
     for run in runs:
         recorded = recorded_in(run)
         if all(store.hash_within(recorded.outs, path) == md5 for path, md5 in hashes.items()):

@@ -26,16 +26,9 @@ if TYPE_CHECKING:
 
 
 def run(stage: Stage) -> None:
-    params = stage.params.base
-    with tempfile.TemporaryDirectory() as scratch:
-        model, tokenizer = load_source(params, Path(scratch))
-        if params.chat_template is not None:
-            tokenizer.chat_template = params.chat_template
-        if not tokenizer.chat_template:
-            raise UserError(f"base.model {params.model} has no chat template; set `base.chat_template` in params.yaml.")
-        prepare_tokenizer(model, tokenizer)
-        split_model(model, 0)  # an architecture that later stages would refuse is refused here
-        save_model(model, tokenizer, stage.out("data/models/base"))
+    model, tokenizer = fetch(stage.params.base)
+    split_model(model, 0)  # an architecture that later stages would refuse is refused here
+    save_model(model, tokenizer, stage.out("data/models/base"))
     figures = {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "layers": model.config.num_hidden_layers,
@@ -45,6 +38,18 @@ def run(stage: Stage) -> None:
     stage.tracker.metrics({f"base/{name}": value for name, value in figures.items()})
     report = {**figures, "tokenizer": tokenizer_fingerprint(tokenizer)}
     write_json(stage.out("data/reports/base/metrics.json"), {"base": report})
+
+
+def fetch(params: Base) -> tuple[Any, Any]:
+    """(model, tokenizer) as all stages want them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model, tokenizer = load_source(params, Path(scratch))
+    if params.chat_template is not None:
+        tokenizer.chat_template = params.chat_template
+    if not tokenizer.chat_template:
+        raise UserError(f"base.model {params.model} has no chat template; set `base.chat_template` in params.yaml.")
+    prepare_tokenizer(model, tokenizer)
+    return model, tokenizer
 
 
 def load_source(params: Base, scratch: Path) -> tuple[Any, Any]:

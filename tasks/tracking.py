@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tasks.params import Params
 
 EXPERIMENT = "rlhf"
+QUICK_EXPERIMENT = "rlhf-quick"  # of quick runs: RLHF_EXPERIMENT says so to the stages (flows/quick.py)
 NOTE = "mlflow.note.content"
 VIEW = "rlhf"  # the name of a saved view in addresses
 STATE = Path(".rlhf")  # git-ignored, outside every out
@@ -205,15 +206,15 @@ def link_cached(pipeline_id: str, spec: StageSpec, outs: dict[str, str]) -> str:
     pipeline, and a tag that names it; gives that run's address or ""."""
 
     def work(client: MlflowClient) -> str:
-        experiment = _experiment(client)
-        made = {f"dvc.out.{path}": md5 for path, md5 in outs.items()}
-        runs = _runs(client, experiment, {"dvc.stage": spec.name, **made})
-        if not runs:
+        tags = {"dvc.stage": spec.name, **{f"dvc.out.{path}": md5 for path, md5 in outs.items()}}
+        found = [(place, run) for place in experiments(client) for run in _runs(client, place, tags)]
+        if not found:
             return ""
-        pipeline = _pipeline_run(client, experiment, pipeline_id, time.time())
-        client.set_tag(pipeline, f"cached.{spec.name}", runs[0])
-        _log_again(client, runs[0], pipeline)
-        return run_url(experiment, runs[0])
+        place, run = found[0]
+        pipeline = _pipeline_run(client, _experiment(client), pipeline_id, time.time())
+        client.set_tag(pipeline, f"cached.{spec.name}", run)
+        _log_again(client, run, pipeline)
+        return run_url(place, run)
 
     return _attempt(work) if outs else ""
 
@@ -687,19 +688,25 @@ def _log_again(client: MlflowClient, made: str, pipeline: str) -> None:
 
 def _experiment(client: MlflowClient) -> str:
     """The experiment's id; made where it is missing. Two processes may come at once."""
-    uri = tracking_uri()
+    uri, name = tracking_uri(), os.environ.get("RLHF_EXPERIMENT", EXPERIMENT)
     # beside the database, wherever the current folder is
     artifacts = (
         f"file://{Path(uri.removeprefix('sqlite:///')).parent / 'mlartifacts'}" if uri.startswith("sqlite") else None
     )
     with _machine_lock():
-        experiment = client.get_experiment_by_name(EXPERIMENT)
+        experiment = client.get_experiment_by_name(name)
         tags, id = ({}, "") if experiment is None else (experiment.tags, str(experiment.experiment_id))
-        id = id or str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+        id = id or str(client.create_experiment(name, artifact_location=artifacts))
         for key, value in _LAYOUT.items():
             if tags.get(key) != value:
                 client.set_experiment_tag(id, key, value)
     return id
+
+
+def experiments(client: MlflowClient) -> list[str]:
+    """Ids of those that a stage's run may be in: DVC takes over what a quick run made, if it is the same."""
+    found = [client.get_experiment_by_name(name) for name in (EXPERIMENT, QUICK_EXPERIMENT)]
+    return [str(experiment.experiment_id) for experiment in found if experiment is not None]
 
 
 # What MLflow's page of the experiment opens with. The view is as its own button "Save as new view" writes it.

@@ -104,11 +104,17 @@ def train(trainer: PPOTrainer, stage: Stage) -> list[dict[str, Any]]:
         for row in history:
             log(stage, row)
     with tqdm(total=params.updates, initial=trainer.update, desc="ppo", unit="update") as bar:
+        figures = ""
+
+        def show(doing: str, done: int, total: int) -> None:
+            bar.set_postfix_str(f"{doing} {done / total:.0%}{figures}")
+
+        trainer.progress = show
         for metrics in trainer:
             row = {"update": len(history) + 1, **metrics}
             log(stage, row)
             history.append({name: value for name, value in row.items() if not name.startswith("time/")})
-            bar.set_postfix(score=f"{metrics['score']:.2f}", kl=f"{metrics['kl']:.2f}")
+            figures = f", score={metrics['score']:.2f}, kl={metrics['kl']:.2f}"
             bar.update()
             done = trainer.update == params.updates or bool(trainer.watch.stopped)
             if trainer.update % params.sample_every == 0 or done:

@@ -7,7 +7,7 @@ random numbers are an argument, so a response depends on its own numbers and not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -109,10 +109,12 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     samples_per_prompt: int = 1,
+    after_token: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Sample `samples_per_prompt` responses to each prompt; rows of one prompt are neighbours in the result.
 
     uniforms: (B, max_new_tokens) numbers in [0, 1), B = prompts x samples; None for greedy decoding.
+    after_token: is called with how many tokens of the longest response there are, for a progress bar.
     """
     device = device_of(branch)
     ids, prompt_mask = (part.to(device) for part in left_padded(list(prompts), pad_token))
@@ -151,6 +153,8 @@ def generate(
         logprobs[rows, step] = torch.where(alive, logprob, 0.0)
         ended[rows] |= alive & (chosen == end_token)
         alive = alive & (chosen != end_token)
+        if after_token is not None:
+            after_token(step + 1)
 
         attention = mask[rows, None, None, : here + 1]
         positions = mask[rows, : here + 1].sum(-1, keepdim=True) - 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -58,6 +58,7 @@ class PPOTrainer:
         pad_token: int | None = None,
         seed: int = 1,
         sampler: Sampler = generate,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """UserError where something does not fit, before anything is trained.
 
@@ -68,8 +69,11 @@ class PPOTrainer:
         prompts: texts or conversations with a tokenizer, which go through its chat template; or token ids.
         pretraining: what PPO-ptx mixes in.
         end_token, pad_token: the policy's own where None.
+        progress: is called while an update or an evaluation is at work, with what it does, how much of that is done,
+        and how much there is: ("generate", 12, 64).
         """
         self.params, self.seed, self.sampler = params, seed, sampler
+        self.progress = progress or (lambda *_: None)
         self.processes = Processes()
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.end_token = checks.special_token(policy, "eos_token_id", end_token)
@@ -137,6 +141,7 @@ class PPOTrainer:
         self.seconds = defaultdict(float)
         with self._timed("generate"):
             rollout, prompts = self.sample(self.update)
+        self.progress("score", 0, 1)
         shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + self.update)
         with self._timed("score"):
             self.last = Episodes(rollout, prompts, self.score(rollout, prompts))
@@ -165,10 +170,9 @@ class PPOTrainer:
                 with self._timed("value_warmup"):
                     batch = self.warm_up_value(batch, shuffle)
             with self._timed("train"):
-                for _ in range(self.params.epochs):
-                    for rows in self.minibatches(shuffle):
-                        figures.append(self.train_minibatch(batch, rows))
-                        batch = batch._replace(own_values=None)  # their gradients are used up
+                for rows in self._epochs(self.params.epochs, shuffle, "train"):
+                    figures.append(self.train_minibatch(batch, rows))
+                    batch = batch._replace(own_values=None)  # their gradients are used up
         except NotFinite as error:
             self.watch.stop(f"update {self.update + 1}: {error}")
         return mean_of(figures)
@@ -183,7 +187,7 @@ class PPOTrainer:
         start = (update * params.batch_size + first) // params.samples_per_prompt
         chosen = [self.order[(start + place) % len(self.order)] for place in range(count // params.samples_per_prompt)]
         names = [f"ppo {update} {row}" for row in range(first, first + count)]
-        rollout = self._generate(chosen, names, params.samples_per_prompt)
+        rollout = self._generate(chosen, names, params.samples_per_prompt, "generate")
         longest = self.processes.together(
             torch.tensor([rollout.responses.shape[1]], device=rollout.tokens.device)
         ).max()
@@ -326,12 +330,11 @@ class PPOTrainer:
         rates = [group["lr"] for group in learner.optimizer.param_groups]
         for group in learner.optimizer.param_groups:
             group["lr"] = self.params.value_learning_rate  # the schedule is of the policy's steps
-        for _ in range(self.params.value_warmup_epochs):
-            for rows in self.minibatches(shuffle):
-                count = float(batch.mask[rows].sum())
-                for part in self._micro_batches(batch, rows):
-                    self._value_loss(batch, part, count, policy_learns=False).backward()
-                learner.step(self.processes.add_up)
+        for rows in self._epochs(self.params.value_warmup_epochs, shuffle, "fit the values"):
+            count = float(batch.mask[rows].sum())
+            for part in self._micro_batches(batch, rows):
+                self._value_loss(batch, part, count, policy_learns=False).backward()
+            learner.step(self.processes.add_up)
         for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         return self.with_advantages(batch)
@@ -347,7 +350,8 @@ class PPOTrainer:
         if self.policy_learner.average is not None:
             trained = [weight.detach().clone() for weight in self.policy_learner.weights]
             self.policy_learner.set_weights(self.policy_learner.average)
-        rollout = self._generate(self.held_out, [f"held out {place}" for place in range(len(self.held_out))], 1)
+        names = [f"held out {place}" for place in range(len(self.held_out))]
+        rollout = self._generate(self.held_out, names, 1, "evaluate")
         if trained is not None:
             self.policy_learner.set_weights(trained)
         given = self.score(rollout, self.held_out)
@@ -433,7 +437,19 @@ class PPOTrainer:
         ids = rollout.response_ids()
         return ids if self.tokenizer is None else [decode_response(self.tokenizer, row) for row in ids]
 
-    def _generate(self, prompts: list[int], names: list[str], samples: int) -> Rollout:
+    def _epochs(self, count: int, shuffle: torch.Generator, doing: str) -> Iterator[Tensor]:
+        """The minibatches of `count` epochs; tells how far they are."""
+        total = count * (self.params.batch_size // self.params.minibatch_size)
+        every = (rows for _ in range(count) for rows in self.minibatches(shuffle))
+        for done, rows in enumerate(every):
+            self.progress(doing, done, total)
+            yield rows
+
+    def _generate(self, prompts: list[int], names: list[str], samples: int, doing: str) -> Rollout:
+        self.progress(doing, 0, self.max_new_tokens)  # the prompts go through first
+        ours: dict[str, Any] = {}
+        if self.sampler is generate:  # another engine need not know of it
+            ours["after_token"] = lambda done: self.progress(doing, done, self.max_new_tokens)
         with self._autocast():
             return self.sampler(
                 self.roles.trunk,
@@ -446,6 +462,7 @@ class PPOTrainer:
                 temperature=self.params.temperature,
                 top_p=self.params.top_p,
                 samples_per_prompt=samples,
+                **ours,
             )
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> Iterator[Tensor]:

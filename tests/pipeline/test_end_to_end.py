@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -124,6 +127,26 @@ def test_a_changed_ppo_parameter_runs_ppo_and_what_follows_and_comes_back_from_t
     # `register` must run, to move the alias back; the report is no metric, and git keeps it: it is made again
     assert stages_run(restored) == {"report", "register"}
     assert outs_of(by_dvc) == before
+
+
+def test_a_quick_run_takes_over_what_is_the_same_and_keeps_apart_what_is_not(by_dvc: Path) -> None:
+    before = {name: (by_dvc / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+    said = command(by_dvc, "flows.rlhf", "--quick", "demonstrate")
+    statuses = {stage: re.search(rf"│ {stage} +│ (\w+)", said) for stage in ("base", "prepare", "demonstrate")}
+    assert {stage: found and found[1] for stage, found in statuses.items()} == {
+        **{"base": "cached", "prepare": "cached"},
+        "demonstrate": "ran",
+    }
+    assert "the figures and answers" in said
+    assert ".rlhf/quick" in said
+    assert {name: (by_dvc / name).read_bytes() for name in before} == before
+    assert (by_dvc / ".rlhf/quick/data/collected/demonstrations").is_dir()
+    with closing(sqlite3.connect(by_dvc / "mlflow.db")) as store:
+        pipelines = store.execute(
+            "select experiments.name, count(*) from runs join experiments using (experiment_id) join tags "
+            "on tags.run_uuid = runs.run_uuid where tags.key = 'dvc.stage' and tags.value = 'demonstrate' group by 1"
+        )
+        assert dict(pipelines)["rlhf-quick"] == 1
 
 
 def test_an_unknown_key_is_named_with_the_nearest_right_one(by_dvc: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tasks import tracking
+from tasks.ancestry import Store, made_by
 from tasks.lineage import StageSpec, hash_path
 from tasks.params import Params, load_params
 from tasks.tracking import Journal, Tracker
@@ -283,6 +284,26 @@ def test_a_cached_stage_is_linked_by_its_hashes(
     assert_on_the_pipeline(tracking.connect().get_run(pipeline.info.run_id))
     assert tracking.link_cached("next", SPEC, {"data/models/sft": "another"}) == ""
     assert tracking.stage_run_url("next", "sft") == ""
+
+
+def test_a_quick_run_is_kept_apart_and_what_dvc_takes_over_of_it_is_found(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_EXPERIMENT", tracking.QUICK_EXPERIMENT)
+    log_a_stage(params)
+    assert stage_runs() == []
+    monkeypatch.delenv("RLHF_EXPERIMENT")
+    outs = {"data/models/sft": hash_path(Path("data/models/sft"))}
+    assert tracking.link_cached("next", SPEC, outs)
+    (pipeline,) = pipeline_runs()
+    assert pipeline.data.tags["pipeline.id"] == "next"
+    assert_on_the_pipeline(pipeline)
+    client = tracking.connect()
+    maker = client.get_run(pipeline.data.tags["cached.sft"])
+    quick = client.get_experiment_by_name(tracking.QUICK_EXPERIMENT)
+    assert maker.info.experiment_id == quick.experiment_id
+    (md5,) = outs.values()
+    assert made_by(client, "sft", outs, Store(ROOT)).outs["data/models/sft"] == md5
 
 
 def test_a_note_says_why_a_pipeline_failed_and_parameters_edited_meanwhile_harm_nothing(

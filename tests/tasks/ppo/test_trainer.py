@@ -399,3 +399,23 @@ def test_a_first_step_over_the_whole_batch_runs_the_value_model_once_and_learns_
     for row, expected in zip(after[0][0], after[1][0], strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert_close(after[0][1], after[1][1], rtol=1e-3, atol=1e-4)
+
+
+def test_progress_tells_what_is_at_work_from_the_first_evaluation_on(folders: Folders) -> None:
+    told: list[tuple[str, int, int]] = []
+    trainer = make_trainer(
+        folders,
+        arguments={"progress": lambda *state: told.append(state)},
+        updates=1,
+        eval_every=1,
+        eval_prompts=4,
+        value_warmup_epochs=2,
+    )
+    watched = [without_times(row) for row in trainer]
+    steps = [doing for place, (doing, _, _) in enumerate(told) if place == 0 or told[place - 1][0] != doing]
+    assert steps == ["evaluate", "generate", "score", "fit the values", "train", "evaluate"]
+    assert told[0] == ("evaluate", 0, 8), "told before the first token"
+    assert all(0 <= done <= total for _, done, total in told)
+    assert max(done for doing, done, _ in told if doing == "generate") > 4
+    silent = make_trainer(folders, updates=1, eval_every=1, eval_prompts=4, value_warmup_epochs=2)
+    assert [without_times(row) for row in silent] == watched

@@ -1,0 +1,1 @@
+"""Programs to start your own from."""
