@@ -34,7 +34,7 @@ def status() -> tuple[Table, list[str]]:
     hints = []
     table = Table(title="labels by people", title_justify="left")
     for column in ("job", "items", "done", "labels", "missing", "skipped", "set aside", "queue"):
-        table.add_column(column, justify="left" if column in ("job", "queue") else "right")
+        table.add_column(column, justify="left" if column in ("job", "queue") else "right", overflow="fold")
     for file in _queue_files():
         queue = read_queue(file)
         path, row_type = LABELS[queue.job]

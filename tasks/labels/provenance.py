@@ -388,9 +388,9 @@ def shown(found: Provenance, console: Console) -> None:
 
     table = Table(title="labels", title_justify="left")
     for column in ("job", "kind", "labeler", "from"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in ("used", "held out", "superseded", "skipped", "left out", "other"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for one in found.labels:
         numbers = (one.used, one.held_out, one.superseded, one.skipped, one.left_out, one.other)
         told = ["?" if number is None else str(number) for number in numbers]

@@ -333,7 +333,8 @@ def in_markdown(table: Table) -> str:
 def on_terminal(table: Table) -> TerminalTable:
     shown = TerminalTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in table.frame:
-        shown.add_column(str(name), justify="right" if is_number(table.frame[name]) else "left")
+        # fold: of a name that is cut nobody sees which of two it is
+        shown.add_column(str(name), justify="right" if is_number(table.frame[name]) else "left", overflow="fold")
     for row in as_cells(table.frame).itertuples(index=False):
         shown.add_row(*(TerminalText(cell) for cell in row))
     return shown

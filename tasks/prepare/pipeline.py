@@ -37,7 +37,7 @@ from tasks.prepare.formats import check_format
 from tasks.prepare.hub import rows_of_hub
 from tasks.prepare.intake import Raw, Settings, Tables, file_digest, key_of_file, worker_pool, write_tables
 from tasks.prepare.selection import Blend, Prompts, contradictions, leaks, select
-from tasks.prepare.sources import files_of, rows_of
+from tasks.prepare.sources import files_of, rows_of, unit_of
 from tasks.stage import Stage, UserError
 
 TEMPLATE_TOKENS = 32  # room for the chat template around prompt and response
@@ -62,6 +62,10 @@ class File(NamedTuple):
     digest: str  # MD5; of a data set of the hub the commit
     size: int  # bytes; of a data set of the hub 0
     rows: Callable[[], Iterator[Raw]]
+    unit: Callable[[], str]  # what its rows are counted in: "line" or "row"
+
+    def place(self, row: int) -> str:
+        return f"{self.name}, {self.unit()} {row}"
 
 
 class Examined(NamedTuple):
@@ -182,13 +186,13 @@ def list_files(sources: dict[str, Source], params: Params, model: Path, root: Pa
         )
         if source.hub:
             told = " ".join(filter(None, (f"hub:{source.hub}", source.subset, source.split)))
-            files.append(File(name, settings, told, str(source.revision), 0, partial(rows_of_hub, source)))
+            rows = partial(rows_of_hub, source)
+            files.append(File(name, settings, told, str(source.revision), 0, rows, lambda: "row"))
             continue
         for path in files_of(root / str(source.path)):
-            size = path.stat().st_size
-            files.append(
-                File(name, settings, str(path.relative_to(root)), file_digest(path), size, partial(rows_of, path))
-            )
+            rows, unit = partial(rows_of, path), partial(unit_of, path)
+            told, size = str(path.relative_to(root)), path.stat().st_size
+            files.append(File(name, settings, told, file_digest(path), size, rows, unit))
     return files
 
 
@@ -299,7 +303,7 @@ def load_examples(read: Sequence[tuple[File, Tables]], sources: dict[str, Source
     for name in sources:
         if not sum(len(part) for (file, _), part in zip(read, parts, strict=True) if file.source == name):
             told = [(file, one) for file, tables in read if file.source == name for one in islice(tables.damaged(), 3)]
-            why = "\n".join(f"  {file.name}, line {one['row']}: {one['message']}" for file, one in told[:5])
+            why = "\n".join(f"  {file.place(one['row'])}: {one['message']}" for file, one in told[:5])
             raise UserError(f"data.sources: nothing of {name} can be taken:\n{why}\n{ADVICE}")
     examples: pd.DataFrame = pd.concat(parts, ignore_index=True)
     for name in ("source", "kind", "labeler"):
