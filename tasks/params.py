@@ -135,7 +135,8 @@ class Prepare(Section):
     """Of prompts. Demonstrations are shared out among sft and eval, rankings among reward and eval, by the same shares,
     where a source does not name shares of its own."""
     share_prompts: bool
-    """PPO takes the prompts of the split reward too: its score is optimistic on what the reward model was trained on."""
+    """PPO takes the prompts of the split reward too. Its score is optimistic there: the reward model was trained on
+    answers to them."""
     duplicate_limit: Share  # of the rows; more of them is a failed check
     damaged_limit: Share  # of a source's rows; more of them is an error
     near_duplicate: Annotated[float, Field(gt=0.5, le=1)] | None

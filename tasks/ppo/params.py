@@ -127,6 +127,15 @@ class PPOParams:
         return wrong
 
 
+def lacks_prompts(prompts: int, eval_every: int, eval_prompts: int) -> str | None:
+    """What is wrong where there are so many prompts."""
+    if not prompts:
+        return "there are no prompts"
+    if eval_every and prompts <= eval_prompts:
+        return f"{prompts} prompts leave none to train on when eval_prompts {eval_prompts} are held out"
+    return None
+
+
 def has_type(value: Any, hint: Any) -> bool:
     """Whether a value has a type: numbers, texts, None, choices, and tuples and dictionaries of them. A whole number is
     a number; true and false are none."""
@@ -138,7 +147,9 @@ def has_type(value: Any, hint: Any) -> bool:
     if kind is tuple:
         return isinstance(value, tuple) and len(value) == len(parts) and all(map(has_type, value, parts))
     if kind is dict:
-        return isinstance(value, dict) and all(has_type(key, parts[0]) and has_type(value[key], parts[1]) for key in value)
+        return isinstance(value, dict) and all(
+            has_type(key, parts[0]) and has_type(value[key], parts[1]) for key in value
+        )
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     return isinstance(value, int | float if hint is float else kind or hint)
