@@ -88,9 +88,11 @@ def rooms(root: Path, model: Path, layers: Mapping[str, int | str]) -> Iterator[
 
     need(root / "data/models", missing * size, 0)
     need(root / ".rlhf", 0, checkpoints)
-    links = dvc_config(root).get("cache", {}).get("type", [])
-    if (cache := cache_of(root)) and not set(links) & {"hardlink", "symlink"}:
-        need(cache, 0, missing * size)  # a file system with reflinks needs no second copy
+    if cache := cache_of(root):
+        links = set(dvc_config(root).get("cache", {}).get("type", []))
+        elsewhere = nearest(cache.resolve()).stat().st_dev != nearest((root / "data").resolve()).stat().st_dev
+        if "symlink" not in links and ("hardlink" not in links or elsewhere):
+            need(cache, 0, missing * size)  # a second copy, but for file systems that have reflinks
     for device, folder in folders.items():
         yield Room(folder, shutil.disk_usage(folder).free, round(least[device]), round(likely[device]))
 
@@ -102,8 +104,8 @@ def of_room(rooms: Iterable[Room]) -> tuple[list[str], list[str]]:
         text = (
             f"{room.folder}: {gigabytes(room.free)} GB are free, and the models alone take {gigabytes(room.least)} GB"
             if room.free < room.least
-            else f"{room.folder}: {gigabytes(room.free)} GB are free, and models, DVC's copies of them and checkpoints "
-            f"may take {gigabytes(room.likely)} GB"
+            else f"{room.folder}: {gigabytes(room.free)} GB are free, and models and checkpoints may take "
+            f"{gigabytes(room.likely)} GB"
         )
         advice = "; `python -m flows.prune --gc` drops from DVC's cache what no branch and no registered version needs"
         if room.free < room.least:

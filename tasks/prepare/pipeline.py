@@ -413,16 +413,18 @@ def look_ahead(seen: Examined, params: Params, model: Path, root: Path) -> None:
     for remark in (*outlook.remarks(params, supply), *small):
         print(f"warning: {remark}")
     if problems or too_small:
-        values, later = values_that_fit(found, seen, params, model, root)
+        with tempfile.TemporaryDirectory() as scratch:
+            values, later = values_that_fit(found, seen, params, model, root, Path(scratch))
         raise UserError(outlook.message([*problems, *too_small], later, values))
 
 
 def values_that_fit(
-    first: list[Misfit], seen: Examined, params: Params, model: Path, root: Path
+    first: list[Misfit], seen: Examined, params: Params, model: Path, root: Path, scratch: Path
 ) -> tuple[dict[str, Any], list[Misfit]]:
     """(values with which all fits that can; what else did not fit on the way to them)
 
-    What changes the data comes first, then who labels, then numbers, which follow from both.
+    What changes the data comes first, then who labels, then numbers, which follow from both. scratch: for the tables of
+    the files, where they are read anew.
     """
     found = first
     values: dict[str, Any] = {}
@@ -440,9 +442,8 @@ def values_that_fit(
         params = outlook.with_values(params, values)
         if of_data and not is_quick:
             break  # the next run says the rest
-        with tempfile.TemporaryDirectory() as scratch:
-            seen = examine(params, model, root, Path(scratch)) if of_data else seen
-            found = list(misfits(seen, supply_of(seen, params, model), params, model))
+        seen = examine(params, model, root, scratch) if of_data else seen
+        found = list(misfits(seen, supply_of(seen, params, model), params, model))
         later += [one for one in found if not set(one.fit) <= known and one not in first]
         known |= {key for one in found for key in one.fit}
     return values, later
