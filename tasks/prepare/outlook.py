@@ -210,6 +210,15 @@ def some(found: Misfit | None) -> Iterator[Misfit]:
         yield found
 
 
+def together(found: Iterable[Misfit]) -> dict[str, Any]:
+    """The values with which each would fit; of two limits, for two sources, the higher one."""
+    values: dict[str, Any] = {}
+    for one in found:
+        for key, value in one.fit.items():
+            values[key] = max(value, values.get(key, value)) if key.startswith(("text.", "prepare.")) else value
+    return values
+
+
 def with_values(params: Params, values: Mapping[str, Any]) -> Params:
     """values: by dotted key."""
     raw = params.model_dump(mode="json", by_alias=True)

@@ -277,8 +277,7 @@ def examine(params: Params, model: Path, root: Path, folder: Path) -> Examined:
     examples = load_examples(read, sources)
     if examples.empty:
         found = list(too_much_damage(files, damaged, rows, params, context_of(model / "config.json")))
-        values = {key: value for one in found for key, value in one.fit.items()}
-        raise UserError(outlook.message([one.message for one in found], [], values))
+        raise UserError(outlook.message([one.message for one in found], [], outlook.together(found)))
     prompts = load_prompts([tables for _, tables in read])
     blends = {name: Blend(source.weight, shares_of(source, params.prepare.splits)) for name, source in sources.items()}
     near = params.prepare.near_duplicate
@@ -432,7 +431,7 @@ def values_that_fit(
     known = {key for one in first for key in one.fit}
     is_quick = sum(file.size or QUICKLY_READ for file, _ in seen.files) < QUICKLY_READ
     for _ in range(ROUNDS):
-        new = {key: value for one in found for key, value in one.fit.items()}
+        new = outlook.together(found)
         of_data = {key: value for key, value in new.items() if key.startswith(("text.", "prepare."))}
         of_people = {key: value for key, value in new.items() if key.endswith(".labeler")}
         chosen = (of_data or of_people or new) if is_quick else new

@@ -28,8 +28,8 @@ IDS = np.array([int(prompt_id(single(f"prompt {number}")), 16) for number in ran
 NOTHING = pd.DataFrame({"id": IDS[:0], "pairs": np.empty(0, int), "tied_pairs": np.empty(0, int)})
 
 
-def ranked(count: int, tied: int = 0) -> pd.DataFrame:
-    return pd.DataFrame({"id": IDS[:count], "pairs": 1, "tied_pairs": [1] * tied + [0] * (count - tied)})
+def ranked(count: int, tied: int = 0, first: int = 0) -> pd.DataFrame:
+    return pd.DataFrame({"id": IDS[first : first + count], "pairs": 1, "tied_pairs": [1] * tied + [0] * (count - tied)})
 
 
 def supply(**changes: Any) -> Supply:
@@ -52,7 +52,7 @@ def test_the_default_fits() -> None:
 LAYERS = ("sft.trainable_layers", "reward.trainable_layers", "ppo.trainable_layers")
 NO_ORDER = {"0 rankings to train on a": None}
 RECORDED = {"demonstrate.labeler": "recorded", "rank.labeler": "recorded"}
-OWN = {"demonstrations": IDS[:54], "rankings": {"reward": ranked(54), "eval": ranked(6)}, "tickets": set()}
+OWN = {"demonstrations": IDS[:54], "rankings": {"reward": ranked(54), "eval": ranked(6, first=300)}, "tickets": set()}
 NOT_HELD_OUT = OWN | {"rankings": {"reward": ranked(9), "eval": NOTHING}}
 
 
@@ -71,7 +71,7 @@ NOT_HELD_OUT = OWN | {"rankings": {"reward": ranked(9), "eval": NOTHING}}
         ({"demonstrate.labeler": "human", "rank.labeler": "human"}, OWN | {"demonstrations": IDS[:0]}, {}),
         (RECORDED, OWN, {}),
         (RECORDED, {}, {"demonstrate.labeler is `": None, "rank.labeler is `recorde": None}),
-        (RECORDED, OWN | {"rankings": {"reward": ranked(9, tied=9), "eval": ranked(6)}}, NO_ORDER),
+        (RECORDED, OWN | {"rankings": {"reward": ranked(9, tied=9), "eval": ranked(6, first=300)}}, NO_ORDER),
         (RECORDED | {"rank.held_out_share": 0.0}, NOT_HELD_OUT, "held out"),
         (RECORDED | {"rank.held_out_share": 0.001}, NOT_HELD_OUT, "held out"),
         (RECORDED | {"sft.validation_share": 0.001}, OWN, "validation"),
@@ -246,7 +246,7 @@ def test_every_rule_has_its_stage() -> None:
         for name, rule in vars(demands).items()
         if getattr(rule, "__annotations__", {}).get("return") == "Misfit | None"
     ]
-    assert len(rules) == 10
+    assert len(rules) == 11
     for name in rules:
         users = [stage for stage, text in code.items() if f"{name}(" in text and stage != "demands"]
         assert f"demands.{name}(" in ahead
