@@ -166,7 +166,9 @@ def of_files(params: Params, specs: Mapping[str, StageSpec], root: Path) -> Iter
         yield from some(demands.reward_function(name, specs["ppo"].deps, root))
     for stage, spec in specs.items():
         for path in spec.deps:
-            if path.startswith("data/labels/") and not (root / path).exists():
+            # a workspace that pulls what it needs may not have what DVC keeps
+            here = (root / path).exists() or (root / f"{path}.dvc").exists()
+            if path.startswith("data/labels/") and not here:
                 yield Misfit(missing_labels(path, stage))
 
 
