@@ -133,6 +133,15 @@ def rankings_with_an_order(training: int, held_out: int) -> Misfit | None:
     )
 
 
+def lacks_prompts(prompts: int, eval_every: int, eval_prompts: int) -> str | None:
+    """What keeps PPO from starting, where there are so many prompts."""
+    if not prompts:
+        return "there are no prompts"
+    if eval_every and prompts <= eval_prompts:
+        return f"{prompts} prompts leave none to train on when eval_prompts {eval_prompts} are held out"
+    return None
+
+
 def trained_layers(key: str, wanted: int | str, layers: int) -> Misfit | None:
     if wanted == "all" or int(wanted) <= layers:
         return None

@@ -8,8 +8,9 @@ from typing import Any, get_args
 from transformers import PreTrainedModel
 
 from tasks.conversations import Role
+from tasks.demands import lacks_prompts
 from tasks.models import context_of
-from tasks.ppo.params import PPOParams, lacks_prompts
+from tasks.ppo.params import PPOParams
 from tasks.ppo.ptx import Text
 from tasks.stage import UserError
 

@@ -127,15 +127,6 @@ class PPOParams:
         return wrong
 
 
-def lacks_prompts(prompts: int, eval_every: int, eval_prompts: int) -> str | None:
-    """What is wrong where there are so many prompts."""
-    if not prompts:
-        return "there are no prompts"
-    if eval_every and prompts <= eval_prompts:
-        return f"{prompts} prompts leave none to train on when eval_prompts {eval_prompts} are held out"
-    return None
-
-
 def has_type(value: Any, hint: Any) -> bool:
     """Whether a value has a type: numbers, texts, None, choices, and tuples and dictionaries of them. A whole number is
     a number; true and false are none."""

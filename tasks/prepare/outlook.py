@@ -21,7 +21,6 @@ from tasks.datasets import stable_share
 from tasks.demands import Misfit
 from tasks.lineage import StageSpec
 from tasks.params import Params, SplitName
-from tasks.ppo.params import lacks_prompts
 from tasks.stage import missing_labels
 
 FEWEST_PAIRS = 20  # that a judge is compared with labelers on (tasks/judge.py)
@@ -154,7 +153,7 @@ def of_rankings(params: Params, supply: Supply) -> Iterator[Misfit]:
 
 def of_ppo(params: Params, supply: Supply) -> Iterator[Misfit]:
     there = supply.count("ppo")
-    lack = lacks_prompts(there, params.ppo.eval_every, params.ppo.eval_prompts)
+    lack = demands.lacks_prompts(there, params.ppo.eval_every, params.ppo.eval_prompts)
     if lack and there:  # an empty split is told as such
         few = max(there // 4, min(4, there - 1))  # with fewer than four no policy is shown to be better
         yield Misfit(f"PPO cannot start: {lack}.", {"ppo.eval_prompts": few} if few else {})
