@@ -52,11 +52,10 @@ def record(what: str, rows: int, size: int, seconds: float, peak: int) -> dict[s
 
 def lay_out(root: Path) -> None:
     """A repository with nothing but what `python -m tasks.run prepare` needs."""
-    for name in ("tasks", "dvc.yaml"):
-        (root / name).symlink_to(ROOT / name)
     for name in ("data/raw", "data/tickets", "data/models"):
         (root / name).mkdir(parents=True)
-    (root / "data/models/base").symlink_to(ROOT / "data/models/base")
+    for name in ("tasks", "dvc.yaml", "data/labels", "data/models/base"):
+        (root / name).symlink_to(ROOT / name)
     params = YAML(typ="safe").load(ROOT / "params.yaml")
     params["text"] = {"max_prompt_tokens": 1024, "max_response_tokens": 1024}
     params["data"] = {
@@ -64,6 +63,8 @@ def lay_out(root: Path) -> None:
             {"kind": "rankings", "path": "data/raw", "splits": {"reward": 0.6, "ppo": 0.3, "eval": 0.05, "sft": 0.05}}
         ]
     }
+    params["demonstrate"]["labeler"] = "human"  # comparisons are all that there is
+    params["rank"]["labeler"] = "recorded"
     YAML(typ="safe").dump(params, root / "params.yaml")
 
 

@@ -10,20 +10,17 @@ from __future__ import annotations
 from tqdm import tqdm
 
 from tasks.datasets import Prompt, read_rows, write_rows
+from tasks.demands import prompts_of_split, require
 from tasks.models import require_same_tokenizer
 from tasks.panel import Panel
-from tasks.stage import Stage, UserError
+from tasks.stage import Stage
 
 
 def run(stage: Stage) -> None:
     params = stage.params
     settings = params.baseline
     prompts = read_rows(stage.dep("data/prepared/prompts/eval.jsonl"), Prompt)
-    if len(prompts) < settings.prompts:
-        raise UserError(
-            f"baseline.prompts is {settings.prompts}, and the eval split has {len(prompts)} prompts. Lower it in "
-            "params.yaml, or raise prepare.splits.eval or the eval of the sources' `splits`."
-        )
+    require(prompts_of_split("baseline.prompts", settings.prompts, "eval", len(prompts), fewest=2))
     prompts = prompts[: settings.prompts]
     several = prompts[: settings.best_of_prompts]
     folders = {name: stage.dep(f"data/models/{name}") for name in ("base", "sft", "reward")}

@@ -26,6 +26,7 @@ from tasks.datasets import (
     write_json,
     write_rows,
 )
+from tasks.demands import demonstrations_by_people, recorded_demonstrations, require, simulated_demonstrations
 from tasks.labels.judgments import SIMULATED, WrittenDemonstration, item_id, seconds_of
 from tasks.labels.people import Joined, ask_people, tell_not_used
 from tasks.labels.queue import Item, Queue, close_queue, labels_wanted, with_origin
@@ -79,13 +80,8 @@ def run(stage: Stage) -> None:
 
 def recorded(stage: Stage) -> Collected:
     """All that came with the raw data for the split sft."""
-    path = stage.dep("data/prepared/demonstrations/sft.jsonl")
-    rows = read_rows(path, Demonstration, may_be_empty=True)
-    if not rows:
-        raise UserError(
-            f"demonstrate.labeler is `recorded`, and {path} holds no demonstrations. Add a source of the kind "
-            "`demonstrations` to data.sources in params.yaml, or set demonstrate.labeler to `simulated` or `human`."
-        )
+    rows = read_rows(stage.dep("data/prepared/demonstrations/sft.jsonl"), Demonstration, may_be_empty=True)
+    require(recorded_demonstrations(len(rows)))
     tell_unused_judgments(stage)
     return Collected(rows, {}, 0, {}, {})
 
@@ -95,13 +91,7 @@ def by_simulated_labelers(stage: Stage) -> Collected:
     prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
     tickets = tickets_of(stage)
     known = [prompt for prompt in prompts if prompt.id in tickets]
-    if len(known) < params.demonstrate.prompts:
-        raise UserError(
-            f"demonstrate.prompts is {params.demonstrate.prompts}, and the split sft holds {len(known)} prompts that "
-            "simulated people can answer: support tickets and nothing else. Lower demonstrate.prompts or raise "
-            "prepare.splits.sft in params.yaml, or add such prompts; or set demonstrate.labeler to `recorded` to use "
-            "your own demonstrations, or to `human` to write them."
-        )
+    require(simulated_demonstrations(params.demonstrate.prompts, len(known)))
     chosen = choose_prompts(known, params.demonstrate.prompts, params.seed)
     demonstrations, flaws = simulated(chosen, tickets, params)
     tell_unused_recorded(stage)
@@ -113,11 +103,7 @@ def by_people(stage: Stage) -> Collected:
     """What people wrote, in the queue's order, and what simulated labelers fill in."""
     params = stage.params
     prompts = read_rows(stage.dep("data/prepared/prompts/sft.jsonl"), Prompt)
-    if len(prompts) < params.demonstrate.prompts:
-        raise UserError(
-            f"demonstrate.prompts is {params.demonstrate.prompts}, and the split sft holds {len(prompts)} prompts for "
-            "people to answer. Lower demonstrate.prompts or raise prepare.splits.sft in params.yaml, or add prompts."
-        )
+    require(demonstrations_by_people(params.demonstrate.prompts, len(prompts)))
     queue = queue_of(choose_prompts(prompts, params.demonstrate.prompts, params.seed), params)
     written = read_rows(stage.dep("data/labels/demonstrations.jsonl"), WrittenDemonstration, may_be_empty=True)
     joined = ask_people(with_origin(queue, stage), written, params.demonstrate.human, stage.root)

@@ -1,7 +1,8 @@
 """params.yaml, typed. One section a stage, and a few that several stages share.
 
 There are no defaults here: params.yaml says everything, so that DVC sees everything that a result depends on. A wrong
-or unknown key is an error that names the key and the nearest right one.
+or unknown key is an error that names the key and the nearest right one. So is a value of another type: a text is no
+number, 1 is not true, and 3.0 is no whole number, though a whole number is a number.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import reduce
 from operator import getitem
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -23,13 +24,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tasks.ppo.params import PPOParams
+from tasks.ppo.params import PPOParams, describe_type, has_type
 from tasks.stage import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -38,7 +40,7 @@ TrainableLayers = Literal["all"] | PositiveInt
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Text(Section):
@@ -132,6 +134,9 @@ class Prepare(Section):
     splits: Splits
     """Of prompts. Demonstrations are shared out among sft and eval, rankings among reward and eval, by the same shares,
     where a source does not name shares of its own."""
+    share_prompts: bool
+    """PPO takes the prompts of the split reward too. Its score is optimistic there: the reward model was trained on
+    answers to them."""
     duplicate_limit: Share  # of the rows; more of them is a failed check
     damaged_limit: Share  # of a source's rows; more of them is an error
     near_duplicate: Annotated[float, Field(gt=0.5, le=1)] | None
@@ -246,6 +251,16 @@ class Ppo(PPOParams):
     sample_every: PositiveInt = 4  # updates between tables of sample texts in MLflow
     checkpoint_every: PositiveInt = 2  # updates
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic's own strictness takes no mapping for a dataclass, and no list for a tuple, which YAML has not
+        hint = get_type_hints(cls)[str(info.field_name)]
+        value = tuple(value) if isinstance(value, list) else value
+        if not has_type(value, hint):
+            raise ValueError(f"must be {describe_type(hint)}")
+        return value
+
 
 class Baseline(Section):
     prompts: Annotated[int, Field(ge=2)]  # held-out ones that every model answers
@@ -280,6 +295,14 @@ class Judge(Section):
                 "the key is given as RLHF_JUDGE_API_KEY in the environment"
             )
         return endpoint
+
+    @field_validator("sampling")
+    @classmethod
+    def _numbers(cls, sampling: dict[Sampling, Any]) -> dict[Sampling, Any]:
+        texts = [name for name, value in sampling.items() if isinstance(value, str) and name != "reasoning_effort"]
+        if texts:
+            raise ValueError(f"{', '.join(texts)} must be a number, without quotation marks")
+        return sampling
 
     @model_validator(mode="after")
     def _complete(self) -> Judge:
@@ -379,9 +402,23 @@ def _explain(problem: Any) -> str:
         return f"unknown key `{key}`; {hint}"
     if problem["type"] == "missing":
         return f"key `{key}` is missing"
-    if problem["type"] == "value_error":  # of a whole section, and names what is wrong in it
-        return f"`{key}`: {problem['ctx']['error']}"
-    return f"`{key}`: {problem['msg']} (it is {problem['input']!r})"
+    if problem["type"] == "value_error":  # of a whole section it names what is wrong in it
+        return f"`{key}`: {problem['ctx']['error']}{_as_it_is(problem['input'])}"
+    return f"`{key}`: {problem['msg']}{_as_it_is(problem['input'])}"
+
+
+def _as_it_is(value: Any) -> str:
+    """A wrong value, and how it may have been meant; of a whole section nothing."""
+    if len(repr(value)) > 100:
+        return ""
+    hint = ""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text in ("yes", "no", "on", "off", "true", "false"):
+            hint = f"; {'true' if text in ('yes', 'on', 'true') else 'false'}, without quotation marks, is YAML's word"
+        elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text):
+            hint = "; a number stands without quotation marks"
+    return f" (it is {value!r}{hint})"
 
 
 def _keys_of(section: list[str]) -> list[str]:

@@ -30,6 +30,7 @@ from tasks.datasets import (
     write_json,
     write_rows,
 )
+from tasks.demands import held_out_rankings, recorded_rankings, require, simulated_rankings
 from tasks.labels.agreement import Agreement, measure, nobody, page, pair_marks
 from tasks.labels.checks import run_checks
 from tasks.labels.judgments import SIMULATED, JudgedRanking, item_id
@@ -40,11 +41,6 @@ from tasks.params import Labeler, Params
 from tasks.stage import Stage, UserError
 
 Figures = dict[str, float | None]  # of the labelers; None where it cannot be known
-MORE_PROMPTS = {
-    "recorded": "Give the split eval rankings (`splits` of their source), add rankings",
-    "simulated": "Raise sample.prompts",
-    "human": "Have people rank more",
-}
 Side = Callable[[str], bool]  # of a prompt, by its id: whether all rankings of it are held out
 
 
@@ -63,11 +59,8 @@ def run(stage: Stage) -> None:
         close_queue("rank", stage.root)
     rankings, figures, held_out, apart, agreed = ways[params.rank.labeler](stage)
     sides = {row.id: row.held_out for row in rankings}
-    if params.rank.held_out_share > 0 and len(set(sides.values())) < 2:
-        raise UserError(
-            f"rank.held_out_share = {params.rank.held_out_share:g} of {len(sides)} ranked prompts leaves no prompt on "
-            f"one side. {MORE_PROMPTS[params.rank.labeler]} or change the share in params.yaml."
-        )
+    draws = [held_out_draw(id, params.seed) for id in sides]
+    require(held_out_rankings(params.rank.labeler, params.rank.held_out_share, sides.values(), draws))
     # in a new repository nobody has voted
     votes = read_rows(stage.dep("data/labels/arena.jsonl"), Vote, may_be_empty=True)
     if params.rank.labeler == "human":  # the same people may have voted
@@ -194,12 +187,7 @@ def recorded(stage: Stage) -> Collected:
         read_rows(stage.dep(f"data/prepared/rankings/{split}.jsonl"), RecordedRanking, may_be_empty=True)
         for split in ("reward", "eval")
     )
-    if not training:
-        raise UserError(
-            "rank.labeler is `recorded`, and data/prepared/rankings/reward.jsonl holds no rankings; eval.jsonl beside "
-            f"it holds {len(apart)}. Add a source of the kind `rankings` to data.sources in params.yaml, give the one "
-            "that is there a share for reward (its `splits`), or set rank.labeler to `simulated` or `human`."
-        )
+    require(recorded_rankings(len(training), len(apart)))
     held_out: Side = {row.id for row in apart}.__contains__
     if not apart:
         held_out = by_share(stage.params)
@@ -222,12 +210,7 @@ def by_simulated_labelers(stage: Stage) -> Collected:
     samples = read_rows(stage.dep("data/collected/samples") / "samples.jsonl", Samples)
     tickets = tickets_of(stage)
     known = [row for row in samples if row.id in tickets]
-    if not known:
-        raise UserError(
-            f"rank.labeler is `simulated`, and none of the {len(samples)} sampled prompts is a support ticket: "
-            "simulated people can rank answers to nothing else. Add such prompts, or set rank.labeler to `human` or "
-            "`recorded` in params.yaml to use people's rankings."
-        )
+    require(simulated_rankings(len(known), len(samples)))
     marks = marks_of(known, tickets)
     rankings = simulated(known, marks, params)
     opinions = {row.id: mean_utilities(row, marks[row.id], params.labelers) for row in known}
@@ -312,7 +295,12 @@ def by_share(params: Params) -> Side:
 
 def is_held_out(prompt: str, seed: int, share: float) -> bool:
     """prompt: its id."""
-    return stable_share(seed, "held out", prompt) < share
+    return held_out_draw(prompt, seed) < share
+
+
+def held_out_draw(prompt: str, seed: int) -> float:
+    """prompt: its id."""
+    return stable_share(seed, "held out", prompt)
 
 
 def second_opinions(

@@ -29,6 +29,7 @@ from tasks.checkpoints import (
     rng_state,
 )
 from tasks.datasets import Demonstration, Ranking, read_rows, stable_share, write_csv, write_json
+from tasks.demands import rankings_with_an_order, require
 from tasks.models import (
     Packed,
     centred_scores,
@@ -44,7 +45,7 @@ from tasks.models import (
     through_trunk,
     trunk_depth,
 )
-from tasks.stage import Stage, UserError
+from tasks.stage import Stage
 
 if TYPE_CHECKING:
     from tasks.params import Reward
@@ -65,12 +66,7 @@ def run(stage: Stage) -> None:
     training = [row for row in rankings if not row.held_out and has_order(row)]
     training = [row for row in training if stable_share(stage.params.seed, "labels", row.id) < params.label_share]
     held_out = [row for row in rankings if row.held_out and has_order(row)]
-    if not training or not held_out:
-        raise UserError(
-            f"{len(training)} rankings to train on and {len(held_out)} held out have an order; both need at least one. "
-            "Change `sample.prompts`, `rank.held_out_share` or `reward.label_share` in params.yaml, or, for recorded "
-            "rankings, the `splits` of their source."
-        )
+    require(rankings_with_an_order(len(training), len(held_out)))
     tokenizer = load_tokenizer(folder)
     model = load_scalar_model(folder)
     init_head(model, stage.params.seed)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tasks.conversations import text_of
 from tasks.datasets import Prompt, Samples, read_rows, write_json, write_rows
+from tasks.demands import prompts_of_split, require
 from tasks.models import (
     decode_response,
     encode_prompt,
@@ -57,11 +58,7 @@ def run(stage: Stage) -> None:
 def chosen_prompts(path: Path, count: int) -> list[Prompt]:
     """The first `count` of the file."""
     prompts = read_rows(path, Prompt)
-    if len(prompts) < count:
-        raise UserError(
-            f"sample.prompts is {count}, and the reward split has {len(prompts)} prompts. Lower it in params.yaml, or "
-            "raise prepare.splits.reward or the reward of the sources' `splits`."
-        )
+    require(prompts_of_split("sample.prompts", count, "reward", len(prompts)))
     return prompts[:count]
 
 

@@ -25,6 +25,7 @@ from tasks.checkpoints import (
     rng_state,
 )
 from tasks.datasets import Demonstration, read_rows, write_csv, write_json
+from tasks.demands import require, validation_sides
 from tasks.models import (
     encode_prompt,
     encode_response,
@@ -35,7 +36,7 @@ from tasks.models import (
     save_model,
     trunk_depth,
 )
-from tasks.stage import Stage, UserError
+from tasks.stage import Stage
 
 if TYPE_CHECKING:
     from tasks.params import Sft
@@ -77,17 +78,15 @@ def split_for_validation(
 ) -> tuple[list[Demonstration], list[Demonstration]]:
     """(training, validation) by a hash of the prompt's id, so that new demonstrations move no old one."""
 
-    def place(row: Demonstration) -> float:
-        return int(hashlib.sha256(f"sft validation {seed} {row.id}".encode()).hexdigest()[:12], 16) / 16**12
-
-    validation = [row for row in demonstrations if place(row) < share]
-    training = [row for row in demonstrations if place(row) >= share]
-    if not validation or not training:
-        raise UserError(
-            f"sft.validation_share {share} of {len(demonstrations)} demonstrations leaves {len(training)} to train on "
-            f"and {len(validation)} to validate on; both need at least one."
-        )
+    draws = [validation_draw(seed, row.id) for row in demonstrations]
+    require(validation_sides(share, draws))
+    validation = [row for row, draw in zip(demonstrations, draws, strict=True) if draw < share]
+    training = [row for row, draw in zip(demonstrations, draws, strict=True) if draw >= share]
     return training, validation
+
+
+def validation_draw(seed: int, id: str) -> float:
+    return int(hashlib.sha256(f"sft validation {seed} {id}".encode()).hexdigest()[:12], 16) / 16**12
 
 
 def train(

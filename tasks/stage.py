@@ -55,10 +55,7 @@ class Stage:
         full = self.root / path
         if not full.exists():
             if path.startswith("data/labels/"):  # people's, which git keeps and nothing makes anew
-                raise UserError(
-                    f"{path} is missing: the stage `{self.spec.name}` reads it.\n"
-                    f"`git checkout {path}` brings it back as it was committed; `touch {path}` begins with no labels."
-                )
+                raise UserError(missing_labels(path, self.spec.name))
             raise UserError(
                 f"{path} is missing: the stage `{self.spec.name}` reads it.\n"
                 f"Run `dvc repro {self.spec.name}` to make everything that it needs, or `dvc pull {path}` to fetch it."
@@ -122,6 +119,13 @@ class Stage:
         for temporary in self._pending:
             _remove(temporary)
         self._pending.clear()
+
+
+def missing_labels(path: str, stage: str) -> str:
+    return (
+        f"{path} is missing: the stage `{stage}` reads it.\n"
+        f"`git checkout {path}` brings it back as it was committed; `touch {path}` begins with no labels."
+    )
 
 
 def _content(path: Path) -> Iterator[tuple[str, str]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Plumbing that cannot change a byte of what a stage writes. It starts the stage, checks and hands over its parameters
-# (DVC compares their values themselves), renames its outputs, mirrors its metrics, reads dvc.yaml. Were it declared,
-# a better message or another tag in MLflow would train every model again.
-PLUMBING = {f"tasks/{name}.py" for name in ("run", "stage", "params", "tracking", "lineage")}
+# (DVC compares their values themselves), says what does not fit, renames its outputs, mirrors its metrics, reads
+# dvc.yaml. Were it declared, a better message or another tag in MLflow would train every model again.
+PLUMBING = {f"tasks/{name}.py" for name in ("run", "stage", "params", "demands", "tracking", "lineage")}
 
 
 def file_of(module: str) -> str | None:

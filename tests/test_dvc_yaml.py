@@ -122,8 +122,14 @@ def test_what_only_ranking_reads_leaves_the_samples_as_they_are() -> None:
         after = before.model_copy(update={"rank": before.rank.model_copy(update=change)})
         return {name for name, spec in SPECS.items() if before.declared(spec.params) != after.declared(spec.params)}
 
-    assert stages_that_see(held_out_share=0.3) == {"rank", "report"}
-    assert stages_that_see(labeler="recorded") == {"sample", "rank", "report"}
+    # `prepare` checks that there is enough for them, and writes the same again
+    assert stages_that_see(held_out_share=0.3) == {"prepare", "rank", "report"}
+    assert stages_that_see(labeler="recorded") == {"prepare", "sample", "rank", "report"}
+
+
+def test_what_prepare_does_not_check_leaves_it_alone() -> None:
+    ppo = set(SPECS["prepare"].params)
+    assert not any(key_covers(declared, key) for declared in ppo for key in ("ppo.kl_coef", "sft.epochs", "register"))
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: str(spec.name))

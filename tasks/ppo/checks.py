@@ -8,6 +8,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel
 
 from tasks.conversations import Role
+from tasks.demands import lacks_prompts
 from tasks.models import context_of
 from tasks.ppo.params import PPOParams
 from tasks.ppo.ptx import Text
@@ -90,8 +91,8 @@ def of_prompts(
     policy: PreTrainedModel, prompts: Sequence[list[int]], params: PPOParams, max_new_tokens: int
 ) -> Iterator[str]:
     context = context_of(policy.config)
-    if not prompts:
-        yield "there are no prompts"
+    if lack := lacks_prompts(len(prompts), params.eval_every, params.eval_prompts):
+        yield lack
     for place, prompt in enumerate(prompts):
         if not prompt:
             yield f"prompt {place} is empty"
@@ -102,8 +103,6 @@ def of_prompts(
             )
         elif not all(0 <= token < policy.config.vocab_size for token in prompt):
             yield f"prompt {place} has a token that is not in the vocabulary of {policy.config.vocab_size}"
-    if prompts and params.eval_every and len(prompts) <= params.eval_prompts:
-        yield f"{len(prompts)} prompts leave none to train on when eval_prompts {params.eval_prompts} are held out"
 
 
 def of_params(

@@ -102,9 +102,9 @@ class PPOParams:
         hints = get_type_hints(type(self))
         given = [(one, getattr(self, one.name)) for one in fields(self)]
         wrong = [
-            f"{one.name} is {value!r}, and must be {_told(hints[one.name])}"
+            f"{one.name} is {value!r}, and must be {describe_type(hints[one.name])}"
             for one, value in given
-            if not _fits(value, hints[one.name])
+            if not has_type(value, hints[one.name])
         ]
         wrong = wrong or [text for one, value in given for text in _out_of_range(one.name, value, one.metadata)]
         wrong = wrong or list(self._misfits())
@@ -127,29 +127,36 @@ class PPOParams:
         return wrong
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a type: numbers, texts, None, choices, and tuples and dictionaries of them."""
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value has a type: numbers, texts, None, choices, and tuples and dictionaries of them. A whole number is
+    a number; true and false are none."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal:
         return value in parts
     if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(has_type(value, part) for part in parts)
     if kind is tuple:
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(has_type, value, parts))
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            has_type(key, parts[0]) and has_type(value[key], parts[1]) for key in value
+        )
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     return isinstance(value, int | float if hint is float else kind or hint)
 
 
-def _told(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type in words, such as "a number or None"."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Literal:
         return ("one of " if len(parts) > 1 else "") + ", ".join(map(repr, parts))
     if kind in (Union, UnionType):
-        return " or ".join(map(_told, parts))
+        return " or ".join(map(describe_type, parts))
     if kind is tuple:
-        return f"{len(parts)} values, each {_told(parts[0])}"
+        return f"{len(parts)} values, each {describe_type(parts[0])}"
+    if kind is dict:
+        return f"names, each with {describe_type(parts[1])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "None"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 

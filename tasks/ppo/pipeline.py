@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, read_rows, write_csv, write_json, write_rows
+from tasks.demands import require, reward_function
 from tasks.models import (
     decode_response,
     encode_prompt,
@@ -160,14 +161,7 @@ def reward_named(name: str, reward_model: Any, deps: tuple[str, ...]) -> Reward:
         return reward_model
     file, _, function = name.partition(":")
     where = f"ppo.rewards: `{name}`"
-    if not function or not file.endswith(".py"):
-        raise UserError(f"{where} is neither `model` nor `FILE.py:FUNCTION`.")
-    if not Path(file).is_file():
-        raise UserError(f"{where}: there is no file {file} here.")
-    if not any(file == dep or file.startswith(dep + "/") for dep in deps):
-        raise UserError(
-            f"{where}: add {file} to the deps of the stage `ppo` in dvc.yaml, so that it is part of what is tracked."
-        )
+    require(reward_function(name, deps, Path()))
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec
     assert spec.loader

@@ -31,6 +31,7 @@ SHOWN = 20  # rows of a table of files or people
 EXAMPLES = 5
 LONGEST_CELL = 200  # characters
 NOTHING = "–"
+LARGE = 0.05  # share of the labels of a kind
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,26 @@ class Findings:
     failed_checks: Sequence[str]
     limits: Text
     tokenizer_fingerprint: str
+    unused: Sequence[Unused] = ()
+    share_prompts: bool = False  # PPO takes the prompts of the split reward too
+
+
+class Unused(NamedTuple):
+    """Labels that came with the data, and that no stage will read."""
+
+    kind: str
+    rows: int
+    of: int  # all of the kind that were taken
+    why: str
+    advice: str = ""  # none where it is as it should be
+
+    @property
+    def is_loss(self) -> bool:
+        return bool(self.advice) and self.rows > LARGE * self.of
+
+    def __str__(self) -> str:
+        text = f"{self.rows:,} of {self.of:,} {self.kind} are not used: {self.why}"
+        return f"{text}; {self.advice}" if self.advice else text
 
 
 class Table(NamedTuple):
@@ -82,7 +103,7 @@ def console_tables(found: Findings) -> list[TerminalTable]:
 def figures(found: Findings) -> dict[str, int]:
     """For metrics.json: the section `prepare`."""
     taken, dropped = taken_rows(found), dropped_rows(found)
-    prompts = taken.groupby("split", observed=True)["id"].nunique()
+    prompts = prompts_by_split(found)
     counts = {
         "rows": len(found.examples) + len(found.damaged),
         "taken": len(taken),
@@ -110,6 +131,17 @@ def figures(found: Findings) -> dict[str, int]:
         for name, count in names.astype(str).value_counts(sort=False).sort_index().items():
             key = f"{prefix}_{re.sub('[^a-z0-9]+', '_', str(name).lower()).strip('_')}"
             counts[key] = counts.get(key, 0) + int(count)  # two names may differ in signs alone
+    for one in found.unused:
+        counts[f"unused_{one.kind}"] = counts.get(f"unused_{one.kind}", 0) + one.rows
+    return counts
+
+
+def prompts_by_split(found: Findings) -> pd.Series[int]:
+    """Distinct prompts that each split has."""
+    taken = taken_rows(found)
+    counts = taken.groupby("split", observed=True)["id"].nunique().reindex(SPLITS, fill_value=0)
+    if found.share_prompts:
+        counts["ppo"] = taken.loc[taken["split"].isin(["reward", "ppo"]), "id"].nunique()
     return counts
 
 
@@ -122,6 +154,7 @@ def card(found: Findings) -> str:
             f"{counts['rows']:,} rows were read, {counts['taken']:,} taken and {counts['dropped']:,} dropped. What was "
             f"taken has {counts['prompts']:,} different prompts.",
             *(f"**Check failed:** {as_text(problem)}" for problem in found.failed_checks),
+            *(f"**Warning:** {as_text(str(one))}" for one in found.unused if one.is_loss),
             "![Each source by split](splits.svg)",
         ],
         "## Sources": [sources_table(found), "Their files:", files_table(found)],
@@ -135,8 +168,10 @@ def card(found: Findings) -> str:
             splits_table(found),
             "Of each source:",
             by_source_table(found),
+            *["PPO takes the prompts of the split reward too (`prepare.share_prompts`)."] * found.share_prompts,
             f"Prompts that stand in two splits, by themselves or by a near-duplicate: **{counts['leaks']:,}**.",
         ],
+        **({"## Labels that no stage uses": [as_text(f"{one}.") for one in found.unused]} if found.unused else {}),
         "## Lengths": [
             f"In tokens, without the chat template. `text.max_prompt_tokens` is {found.limits.max_prompt_tokens:,} and "
             f"`text.max_response_tokens` {found.limits.max_response_tokens:,}: the dotted lines. The plot has all rows "
@@ -241,7 +276,7 @@ def damaged_table(found: Findings) -> Table:
 
 def splits_table(found: Findings) -> Table:
     taken = taken_rows(found)
-    frame = taken.groupby("split", observed=True)["id"].nunique().reindex(SPLITS, fill_value=0).to_frame("prompts")
+    frame = prompts_by_split(found).to_frame("prompts")
     frame["share"] = share(frame["prompts"], frame["prompts"].sum())
     kinds = taken.groupby(["split", "kind"], observed=True).size().unstack(fill_value=0)
     kinds = kinds.reindex(index=SPLITS, columns=KINDS, fill_value=0)
@@ -333,6 +368,7 @@ def in_markdown(table: Table) -> str:
 def on_terminal(table: Table) -> TerminalTable:
     shown = TerminalTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in table.frame:
+        # fold: of a name that is cut nobody sees which of two it is
         shown.add_column(str(name), justify="right" if is_number(table.frame[name]) else "left", overflow="fold")
     for row in as_cells(table.frame).itertuples(index=False):
         shown.add_row(*(TerminalText(cell) for cell in row))

@@ -49,13 +49,15 @@ PLACES = {letter: place for place, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWX
 
 
 class Damaged(Exception):
-    """One row that cannot be taken. `reason` is a short slug to count by, `field` a dotted path, "" for the row."""
+    """One row that cannot be taken. `reason` is a short slug to count by, `field` a dotted path, "" for the row;
+    `tokens` of prompt and longest response, where they are too many."""
 
-    def __init__(self, reason: str, field: str, problem: str) -> None:
-        super().__init__(reason, field, problem)  # all three, so that a worker process can hand it over
+    def __init__(self, reason: str, field: str, problem: str, tokens: tuple[int, int] | None = None) -> None:
+        super().__init__(reason, field, problem, tokens)  # all of them, so that a worker process can hand it over
         self.reason = reason
         self.field = field
         self.problem = problem
+        self.tokens = tokens
 
     def __str__(self) -> str:
         return f"{self.field}: {self.problem}" if self.field else self.problem

@@ -144,7 +144,15 @@ def set_aside(row: int, problem: Damaged, content: object, kinds: Sequence[Perso
     # a lone surrogate can be told, and not be written
     shown, _ = mask(shown[:SHOWN].encode("utf-8", "backslashreplace").decode(), kinds)
     message = str(problem).encode("utf-8", "backslashreplace").decode()
-    return {"row": row, "reason": problem.reason, "field": problem.field, "message": message, "content": shown}
+    tokens = dict(zip(("prompt_tokens", "response_tokens"), problem.tokens, strict=True)) if problem.tokens else {}
+    return {
+        "row": row,
+        "reason": problem.reason,
+        "field": problem.field,
+        "message": message,
+        **tokens,
+        "content": shown,
+    }
 
 
 def measured(example: Example, count: Mapping[str, int], settings: Settings) -> dict[str, int]:
@@ -153,10 +161,11 @@ def measured(example: Example, count: Mapping[str, int], settings: Settings) -> 
     response = max((count[text] + 1 for text in example.responses), default=0)
     if prompt > settings.max_prompt_tokens:
         limit = f"text.max_prompt_tokens is {settings.max_prompt_tokens}"
-        raise Damaged("prompt too long", "", f"the prompt has {prompt} tokens, and {limit}")
+        raise Damaged("prompt too long", "", f"the prompt has {prompt} tokens, and {limit}", (prompt, response))
     if response > settings.max_response_tokens:
         limit = f"text.max_response_tokens is {settings.max_response_tokens}"
-        raise Damaged("response too long", "", f"a response has {response} tokens with its end, and {limit}")
+        problem = f"a response has {response} tokens with its end, and {limit}"
+        raise Damaged("response too long", "", problem, (prompt, response))
     pairs = len(example.ranks) * (len(example.ranks) - 1) // 2
     ties = sum(a == b for a, b in combinations(example.ranks, 2))
     return {"prompt_tokens": prompt, "response_tokens": response, "pairs": pairs, "tied_pairs": ties}

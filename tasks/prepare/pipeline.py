@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import combinations, islice
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, Self, get_args
 
@@ -31,13 +31,15 @@ from tqdm import tqdm
 
 from tasks.conversations import FINGERPRINT_FILE, text_of
 from tasks.datasets import stable_share, write_json
+from tasks.demands import Misfit
+from tasks.lineage import load_stages
 from tasks.params import Kind, Params, Source, SplitName, Splits, Text
-from tasks.prepare import card
+from tasks.prepare import card, machine, outlook
 from tasks.prepare.formats import check_format
 from tasks.prepare.hub import rows_of_hub
 from tasks.prepare.intake import Raw, Settings, Tables, file_digest, key_of_file, worker_pool, write_tables
 from tasks.prepare.selection import Blend, Prompts, contradictions, leaks, select
-from tasks.prepare.sources import files_of, rows_of
+from tasks.prepare.sources import files_of, rows_of, unit_of
 from tasks.stage import Stage, UserError
 
 TEMPLATE_TOKENS = 32  # room for the chat template around prompt and response
@@ -45,10 +47,13 @@ TABLES = Path(".rlhf/prepare")  # git-ignored
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 ADVICE = (
     "Mend them, choose another `kind`, `format` or other `columns` (README, Sources), or raise prepare.damaged_limit, "
-    "text.max_prompt_tokens or text.max_response_tokens in params.yaml."
+    "text.max_prompt_tokens or text.max_response_tokens in params.yaml (longer texts take more time and memory)."
 )
 SHOWN = 5  # prompts of a split in MLflow
 DAMAGED = ["source", "file", "row", "reason", "field", "message"]
+TOKENS = ["prompt_tokens", "response_tokens"]
+ROUNDS = 5  # of looking for values that fit, each with those of the one before
+QUICKLY_READ = 16 * 2**20  # bytes of raw data that are read again for it
 # the splits where labels are of use; a source's rows go there alone if it does not say otherwise
 LABELS: dict[Kind, tuple[SplitName, ...]] = {"demonstrations": ("sft", "eval"), "rankings": ("reward", "eval")}
 
@@ -62,6 +67,10 @@ class File(NamedTuple):
     digest: str  # MD5; of a data set of the hub the commit
     size: int  # bytes; of a data set of the hub 0
     rows: Callable[[], Iterator[Raw]]
+    unit: Callable[[], str]  # what its rows are counted in: "line" or "row"
+
+    def place(self, row: int) -> str:
+        return f"{self.name}, {self.unit()} {row}"
 
 
 class Examined(NamedTuple):
@@ -82,12 +91,13 @@ def prepare(stage: Stage) -> None:
     model = stage.dep("data/models/base")
     stage.dep("data/raw"), stage.dep("data/tickets")
     seen = examine(params, model, stage.root, stage.root / TABLES)
-    check_limits(seen, params)
+    order = order_of(seen.examples, seen.sources, params.seed)
+    look_ahead(seen, params, model, stage.root)
     remove_other_tables(stage.root / TABLES, [tables for _, tables in seen.files])
 
     out = stage.out("data/prepared")
-    order = order_of(seen.examples, seen.sources, params.seed)
-    shown = write_prepared(seen, out, stage.out("data/reports/prepare/dropped.jsonl"), order)
+    dropped = stage.out("data/reports/prepare/dropped.jsonl")
+    shown = write_prepared(seen, out, dropped, order, params.prepare.share_prompts)
     shutil.copy(model / FINGERPRINT_FILE, out / FINGERPRINT_FILE)
 
     found = findings(seen, params, model)
@@ -116,7 +126,7 @@ def show(stage: Stage) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         seen = examine(params, model, stage.root, Path(scratch))
         told(findings(seen, params, model))
-        check_limits(seen, params)
+        look_ahead(seen, params, model, stage.root)
     print("nothing was written")
 
 
@@ -124,6 +134,8 @@ def told(found: card.Findings) -> None:
     console = Console()
     for table in card.console_tables(found):
         console.print(table)
+    for one in found.unused:
+        print(f"{'warning' if one.is_loss else 'note'}: {one}")
     for problem in found.failed_checks:
         print(f"check failed: {problem}; with register.gates.failed_data_checks no policy from these data is promoted")
 
@@ -133,12 +145,14 @@ def findings(seen: Examined, params: Params, model: Path) -> card.Findings:
         sources=[source.model_copy(update={"name": name}) for name, source in seen.sources.items()],
         files={file.name: file.digest for file, _ in seen.files},
         examples=seen.examples,
-        damaged=seen.damaged,
+        damaged=seen.damaged[DAMAGED],
         near_duplicates=int((seen.examples["dropped"] == "near-duplicate").sum()),
         contradictions=contradictions_in_words(seen),
         leaks=seen.leaks,
         masked=seen.masked,
         failed_checks=failed_checks(seen, params),
+        unused=unused_labels(seen.examples, params),
+        share_prompts=params.prepare.share_prompts,
         limits=params.text,
         tokenizer_fingerprint=(model / FINGERPRINT_FILE).read_text(encoding="utf-8").strip(),
     )
@@ -164,11 +178,14 @@ def named(sources: Sequence[Source]) -> dict[str, Source]:
 def list_files(sources: dict[str, Source], params: Params, model: Path, root: Path) -> list[File]:
     tokenizer, turn_tokens = model / "tokenizer.json", tokens_around_a_turn(model)
     files = []
+    wrong = []
     for name, source in sources.items():
         try:
             check_format(source.kind, source.format, source.columns)
+            paths = files_of(root / str(source.path)) if source.path else []
         except UserError as error:
-            raise UserError(f"data.sources, {name}: {error}") from None
+            wrong.append(f"data.sources, {name}: {error}")
+            continue
         settings = Settings(
             kind=source.kind,
             format=source.format,
@@ -182,27 +199,37 @@ def list_files(sources: dict[str, Source], params: Params, model: Path, root: Pa
         )
         if source.hub:
             told = " ".join(filter(None, (f"hub:{source.hub}", source.subset, source.split)))
-            files.append(File(name, settings, told, str(source.revision), 0, partial(rows_of_hub, source)))
+            of_hub = partial(rows_of_hub, source)
+            files.append(File(name, settings, told, str(source.revision), 0, of_hub, lambda: "row"))
             continue
-        for path in files_of(root / str(source.path)):
-            size = path.stat().st_size
-            files.append(
-                File(name, settings, str(path.relative_to(root)), file_digest(path), size, partial(rows_of, path))
-            )
+        for path in paths:
+            rows, unit = partial(rows_of, path), partial(unit_of, path)
+            told, size = str(path.relative_to(root)), path.stat().st_size
+            files.append(File(name, settings, told, file_digest(path), size, rows, unit))
+    if wrong:
+        raise UserError("\n".join(wrong))
     return files
 
 
-def check_room(text: Text, config: Path) -> None:
-    """The model must take the longest prompt and response that the parameters allow."""
+def context_of(config: Path) -> float:
+    """Tokens that the model takes."""
     facts = json.loads(config.read_text(encoding="utf-8"))
     window = facts.get("sliding_window") if facts.get("use_sliding_window", True) else None
-    most = min(facts.get("max_position_embeddings", math.inf), window or math.inf)
+    return float(min(facts.get("max_position_embeddings", math.inf), window or math.inf))
+
+
+def room(text: Text, most: float) -> Misfit | None:
+    """The model must take the longest prompt and response that the parameters allow."""
     wanted = text.max_prompt_tokens + text.max_response_tokens + TEMPLATE_TOKENS
-    if wanted > most:
-        raise UserError(
-            f"text.max_prompt_tokens + text.max_response_tokens + {TEMPLATE_TOKENS} for the chat template is {wanted} "
-            f"tokens, and the model takes {most}. Lower them in params.yaml."
-        )
+    if wanted <= most:
+        return None
+    prompt = int((most - TEMPLATE_TOKENS) * text.max_prompt_tokens / (wanted - TEMPLATE_TOKENS))
+    response = int(most - TEMPLATE_TOKENS - prompt)
+    return Misfit(
+        f"text.max_prompt_tokens + text.max_response_tokens + {TEMPLATE_TOKENS} for the chat template is {wanted} "
+        f"tokens, and the model takes {most:g}. Lower them in params.yaml.",
+        {"text.max_prompt_tokens": prompt, "text.max_response_tokens": response} if min(prompt, response) > 0 else {},
+    )
 
 
 def tokens_around_a_turn(model: Path) -> int:
@@ -228,7 +255,6 @@ def tokens_around_a_turn(model: Path) -> int:
 
 def examine(params: Params, model: Path, root: Path, folder: Path) -> Examined:
     """folder: where the files' tables are, or are put."""
-    check_room(params.text, model / "config.json")
     sources = named(params.data.sources)
     files = list_files(sources, params, model, root)
     read = list(zip(files, read_files(files, folder), strict=True))
@@ -238,15 +264,20 @@ def examine(params: Params, model: Path, root: Path, folder: Path) -> Examined:
         counts = tables.counts()
         rows[file.source] += counts["rows"]
         masked[file.source].update(counts["masked"])
-    examples = load_examples(read, sources)
     damaged = pd.DataFrame(
         (
-            {"source": file.source, "file": file.name} | {name: one[name] for name in DAMAGED[2:]}
+            {"source": file.source, "file": file.name}
+            | {name: one[name] for name in DAMAGED[2:]}
+            | {name: one.get(name, 0) for name in TOKENS}
             for file, tables in read
             for one in tables.damaged()
         ),
-        columns=DAMAGED,
+        columns=[*DAMAGED, *TOKENS],
     )
+    examples = load_examples(read, sources)
+    if examples.empty:
+        found = list(too_much_damage(files, damaged, rows, params, context_of(model / "config.json")))
+        raise UserError(outlook.message([one.message for one in found], [], outlook.together(found)))
     prompts = load_prompts([tables for _, tables in read])
     blends = {name: Blend(source.weight, shares_of(source, params.prepare.splits)) for name, source in sources.items()}
     near = params.prepare.near_duplicate
@@ -259,7 +290,7 @@ def examine(params: Params, model: Path, root: Path, folder: Path) -> Examined:
         rows=rows,
         masked=masked,
         contradictions=contradictions(load_pairs(read, examples[examples["dropped"].isna()])),
-        leaks=leaks(examples, prompts, near),
+        leaks=leaks(examples, prompts, near, params.prepare.share_prompts),
     )
 
 
@@ -280,6 +311,9 @@ def read_files(files: Sequence[File], folder: Path) -> list[Tables]:
     return [Tables(place) for place in places]
 
 
+PERMISSION = "Give yourself write permission there (`ls -ld` shows who has it)."
+
+
 def remove_other_tables(folder: Path, used: Sequence[Tables]) -> None:
     for place in set(folder.iterdir()) - {tables.folder for tables in used}:
         if not place.name.startswith(".tmp-") or time.time() - place.stat().st_mtime > 24 * 3600:  # one is being filled
@@ -296,11 +330,6 @@ def load_examples(read: Sequence[tuple[File, Tables]], sources: dict[str, Source
         if file.settings.kind != "prompts":
             part["labeler"] = part["labeler"].fillna(sources[file.source].labeler or file.source)
         parts.append(part)
-    for name in sources:
-        if not sum(len(part) for (file, _), part in zip(read, parts, strict=True) if file.source == name):
-            told = [(file, one) for file, tables in read if file.source == name for one in islice(tables.damaged(), 3)]
-            why = "\n".join(f"  {file.name}, line {one['row']}: {one['message']}" for file, one in told[:5])
-            raise UserError(f"data.sources: nothing of {name} can be taken:\n{why}\n{ADVICE}")
     examples: pd.DataFrame = pd.concat(parts, ignore_index=True)
     for name in ("source", "kind", "labeler"):
         examples[name] = examples[name].astype("category")
@@ -364,37 +393,179 @@ def shares_of(source: Source, splits: Splits) -> dict[SplitName, float]:
 # ---- checks ----
 
 
-def check_limits(seen: Examined, params: Params) -> None:
-    """UserError where too much is wrong for the rest to be trusted."""
-    for source, rows in seen.rows.items():
-        own = seen.damaged[seen.damaged["source"] == source]
+def look_ahead(seen: Examined, params: Params, model: Path, root: Path) -> None:
+    """UserError with all that a stage could not do with these data and parameters, and on this machine."""
+    if len(seen.leaks):  # `select` has left one in: its fault, not that of the data
+        raise AssertionError(f"{len(seen.leaks)} prompts stand in two splits:\n{seen.leaks.head()}")
+    supply = supply_of(seen, params, model)
+    found = list(misfits(seen, supply, params, model))
+    problems = [one.message for one in found]
+    specs = load_stages(root) if (root / "dvc.yaml").exists() else {}
+    problems += [one.message for one in outlook.of_files(params, specs, root)] if specs else []
+    problems += [f"{place} cannot be written to. {PERMISSION}" for place in machine.unwritable(root, specs)]
+    layers = {
+        "sft": params.sft.trainable_layers,
+        "reward": params.reward.trainable_layers,
+        "ppo": params.ppo.trainable_layers,
+    }
+    too_small, small = machine.of_room(machine.rooms(root, model, layers))
+    for remark in (*outlook.remarks(params, supply), *small):
+        print(f"warning: {remark}")
+    if problems or too_small:
+        with tempfile.TemporaryDirectory() as scratch:
+            values, later = values_that_fit(found, seen, params, model, root, Path(scratch))
+        raise UserError(outlook.message([*problems, *too_small], later, values))
+
+
+def values_that_fit(
+    first: list[Misfit], seen: Examined, params: Params, model: Path, root: Path, scratch: Path
+) -> tuple[dict[str, Any], list[Misfit]]:
+    """(values with which all fits that can; what else did not fit on the way to them)
+
+    What changes the data comes first, then who labels, then numbers, which follow from both. scratch: for the tables of
+    the files, where they are read anew.
+    """
+    found = first
+    values: dict[str, Any] = {}
+    later: list[Misfit] = []
+    known = {key for one in first for key in one.fit}
+    is_quick = sum(file.size or QUICKLY_READ for file, _ in seen.files) < QUICKLY_READ
+    for _ in range(ROUNDS):
+        new = outlook.together(found)
+        of_data = {key: value for key, value in new.items() if key.startswith(("text.", "prepare."))}
+        of_people = {key: value for key, value in new.items() if key.endswith(".labeler")}
+        chosen = (of_data or of_people or new) if is_quick else new
+        if not chosen:
+            break
+        values |= chosen
+        params = outlook.with_values(params, values)
+        if of_data and not is_quick:
+            break  # the next run says the rest
+        seen = examine(params, model, root, scratch) if of_data else seen
+        found = list(misfits(seen, supply_of(seen, params, model), params, model))
+        later += [one for one in found if not set(one.fit) <= known and one not in first]
+        known |= {key for one in found for key in one.fit}
+    return values, later
+
+
+def misfits(seen: Examined, supply: outlook.Supply, params: Params, model: Path) -> Iterator[Misfit]:
+    most = context_of(model / "config.json")
+    if found := room(params.text, most):
+        yield found
+    yield from too_much_damage([file for file, _ in seen.files], seen.damaged, seen.rows, params, most)
+    yield from empty_splits(seen, params)
+    yield from outlook.misfits(params, supply)
+
+
+def supply_of(seen: Examined, params: Params, model: Path) -> outlook.Supply:
+    tickets = load_tickets([tables for _, tables in seen.files])
+    order = order_of(seen.examples, seen.sources, params.seed)
+    return outlook.supply_of(seen.examples, order, tickets, model / "config.json", params.prepare.share_prompts)
+
+
+def too_much_damage(
+    files: Sequence[File], damaged: pd.DataFrame, rows: Counter[str], params: Params, most: float
+) -> Iterator[Misfit]:
+    """rows: of each source. most: tokens that the model takes."""
+    names = {file.name: file for file in files}
+    for source, count in rows.items():
+        own = damaged[damaged["source"] == source]
         bad = len(own[["file", "row"]].drop_duplicates())
-        if bad > params.prepare.damaged_limit * rows:
+        if bad > params.prepare.damaged_limit * count:
             reasons = "\n".join(
-                f"  {len(some):,} × {reason}, first {some.iloc[0]['file']}, line {some.iloc[0]['row']}: "
+                f"{len(some):,} × {reason}, first {names[some.iloc[0]['file']].place(some.iloc[0]['row'])}: "
                 f"{some.iloc[0]['message']}"
                 for reason, some in sorted(own.groupby("reason"), key=lambda one: -len(one[1]))
             )
-            raise UserError(
-                f"{bad:,} of the {rows:,} rows of {source} cannot be taken, more than prepare.damaged_limit = "
-                f"{params.prepare.damaged_limit:.0%}:\n{reasons}\n{ADVICE}"
+            yield Misfit(
+                f"{bad:,} of the {count:,} rows of {source} cannot be taken, more than prepare.damaged_limit = "
+                f"{params.prepare.damaged_limit:.0%}:\n{reasons}\n{ADVICE}",
+                lengths_that_fit(own, count, params, most),
             )
-    if len(seen.leaks):  # `select` has left one in: its fault, not that of the data
-        raise AssertionError(f"{len(seen.leaks)} prompts stand in two splits:\n{seen.leaks.head()}")
+
+
+def lengths_that_fit(damaged: pd.DataFrame, rows: int, params: Params, most: float) -> dict[str, Any]:
+    """Limits with which few enough of a source's rows are too long; none where it is not for their length. Where the
+    model does not take so much, the share of rows to do without.
+
+    damaged: those of the source, which has so many rows.
+    """
+    text = params.text
+    by_row = damaged.groupby(["file", "row"])[TOKENS].max()
+    too_long = by_row[(by_row > 0).any(axis=1)]
+    spare = int(params.prepare.damaged_limit * rows) - (len(by_row) - len(too_long))
+    if spare < 0:
+        return {}
+    limits = np.array([text.max_prompt_tokens, text.max_response_tokens])
+    excess = (too_long / limits).max(axis=1).sort_values(ascending=False, kind="stable")
+    kept = too_long.loc[excess.index[spare:]].max().to_numpy()
+    prompt, response = (int(max(limit, -(-need // 8) * 8)) for limit, need in zip(limits, kept, strict=True))
+    if prompt + response + TEMPLATE_TOKENS > most:
+        return {"prepare.damaged_limit": math.ceil(100 * len(by_row) / rows) / 100}
+    return {
+        name: value
+        for name, value, limit in zip(
+            ("text.max_prompt_tokens", "text.max_response_tokens"), (prompt, response), limits, strict=True
+        )
+        if value > limit
+    }
+
+
+def empty_splits(seen: Examined, params: Params) -> Iterator[Misfit]:
     kept = seen.examples[seen.examples["split"].notna()]
-    for name, count in prompts_of(seen.examples).items():
-        if not count:
-            alike = kept.loc[kept["prefix"] != 0, "prefix"].value_counts()
-            if len(alike) and alike.iloc[0] > len(kept) / 2:
-                raise UserError(
-                    f"the split `{name}` is empty: {alike.iloc[0]:,} of {len(kept):,} rows begin with the same "
-                    f"{params.prepare.common_prefix} characters, and such rows stay together. Where that is a "
-                    "template, set prepare.common_prefix in params.yaml to more characters than it has, or to null."
-                )
-            raise UserError(
+    counts = prompts_of(seen.examples)
+    shares = params.prepare.share_prompts
+    for name, count in counts.items():
+        if count or (name == "ppo" and shares and counts["reward"]):
+            continue
+        alike = kept.loc[kept["prefix"] != 0, "prefix"].value_counts()
+        if len(alike) and alike.iloc[0] > len(kept) / 2:
+            yield Misfit(
+                f"the split `{name}` is empty: {alike.iloc[0]:,} of {len(kept):,} rows begin with the same "
+                f"{params.prepare.common_prefix} characters, and such rows stay together. Where that is a "
+                "template, set prepare.common_prefix in params.yaml to more characters than it has, or to null."
+            )
+        elif name == "ppo" and counts["reward"]:
+            yield Misfit(
+                "the split `ppo` is empty: no prompt falls into it. Add a source of prompts to data.sources in "
+                "params.yaml; or, with data too few for that, set prepare.share_prompts to true, and PPO takes the "
+                "prompts of the split reward (its score is then optimistic).",
+                {"prepare.share_prompts": True},
+            )
+        else:
+            yield Misfit(
                 f"the split `{name}` is empty: no prompt falls into it. Add a source of prompts to data.sources in "
                 f"params.yaml, give a source `splits` that hold {name}, or raise prepare.splits.{name}."
             )
+
+
+def unused_labels(examples: pd.DataFrame, params: Params) -> list[card.Unused]:
+    """Labels that came with the data and that no stage will read, whatever becomes of their prompts."""
+    kept = examples[examples["split"].notna()]
+    found = []
+    for kind, labeler in (
+        ("demonstrations", params.demonstrate.labeler),
+        ("rankings", params.rank.labeler),
+    ):
+        own = kept[kept["kind"] == kind]
+        stage, trained = ("demonstrate", "sft") if kind == "demonstrations" else ("rank", "reward")
+        here = own["split"].isin(LABELS[kind])  # type: ignore[index]
+        for split, count in own.loc[~here, "split"].value_counts().items():
+            if count:
+                advice = f"give their source `splits` of {trained} and eval alone"
+                if split == "ppo":
+                    advice += ", and PPO prompts of its own or prepare.share_prompts: true"
+                found.append(card.Unused(kind, int(count), len(own), f"they are in the split {split}", advice))
+        if labeler != "recorded":
+            if here.any():
+                why, advice = f"{stage}.labeler is {labeler}", f"set {stage}.labeler to recorded"
+                found.append(card.Unused(kind, int(here.sum()), len(own), why, advice))
+        elif kind == "demonstrations":
+            if apart := int((own["split"] == "eval").sum()):
+                found.append(card.Unused(kind, apart, len(own), "they are held out, and their prompts alone are used"))
+        elif tied := int((here & (own["pairs"] == own["tied_pairs"])).sum()):
+            found.append(card.Unused(kind, tied, len(own), "all of their responses are level"))
+    return found
 
 
 def prompts_of(examples: pd.DataFrame) -> dict[SplitName, int]:
@@ -412,9 +583,16 @@ def failed_checks(seen: Examined, params: Params) -> list[str]:
         limit = params.prepare.duplicate_limit
         failed.append(f"{duplicates} of {len(examples)} rows are duplicates, more than {limit:.0%}")
     for name, own in examples.groupby("source", observed=True):
-        if own["split"].isna().all():
+        if own["split"].isna().all() and not (
+            params.prepare.share_prompts and own["id"].isin(examples.loc[examples["split"].notna(), "id"]).all()
+        ):
             why = ", ".join(f"{count:,} × {reason}" for reason, count in own["dropped"].value_counts().items() if count)
-            failed.append(f"of {name} nothing is left: {why}")
+            advice = (
+                ""
+                if params.prepare.share_prompts or (own["kind"] != "prompts").any()
+                else ("; where others of the same prompts are ranked, prepare.share_prompts: true gives them to PPO")
+            )
+            failed.append(f"of {name} nothing is left: {why}{advice}")
     labelled = examples[examples["kind"] != "prompts"]
     leaking = int((labelled["dropped"] == "leak").sum())
     if leaking > params.prepare.duplicate_limit * len(labelled):
@@ -442,14 +620,16 @@ def failed_checks(seen: Examined, params: Params) -> list[str]:
 # ---- what is written ----
 
 
-def write_prepared(seen: Examined, out: Path, dropped: Path, order: NDArray[np.float64]) -> list[dict[str, str]]:
+def write_prepared(
+    seen: Examined, out: Path, dropped: Path, order: NDArray[np.float64], share_prompts: bool
+) -> list[dict[str, str]]:
     """The splits, each in the given order, and the rows that are in none with the reason. Some prompts to show.
 
     order: (N,) of the examples.
     """
     facts = load_tickets([tables for _, tables in seen.files])
     shown: dict[str, list[dict[str, str]]] = {name: [] for name in SPLITS}
-    written: set[int] = set()
+    written: dict[SplitName, set[int]] = {name: set() for name in SPLITS}
     columns = [seen.examples[name].astype(object) for name in ("split", "dropped", "labeler")]
     decisions = zip(*columns, seen.examples["partner"], seen.examples["copies"], order, strict=True)
     with ExitStack() as stack:
@@ -468,9 +648,12 @@ def write_prepared(seen: Examined, out: Path, dropped: Path, order: NDArray[np.f
                     rest.write(dropped_line(file, one, reason, partner))
                     continue
                 head = b'{"id":"%016x","prompt":%b' % (one["id"], one["prompt"].encode())
-                if one["id"] not in written:
-                    written.add(one["id"])
-                    prompts[split].write(key, head + b"}\n")
+                is_new = not any(one["id"] in ids for ids in written.values())
+                for name in (split, "ppo") if share_prompts and split == "reward" else (split,):
+                    if one["id"] not in written[name]:
+                        written[name].add(one["id"])
+                        prompts[name].write(key, head + b"}\n")
+                if is_new:
                     ticket = facts.get(one["id"], "null").encode()
                     source = orjson.dumps(file.source)
                     known.write(key, b'{"id":"%016x","source":%b,"ticket":%b}\n' % (one["id"], source, ticket))

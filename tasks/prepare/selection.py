@@ -81,8 +81,13 @@ def select(
         "near-duplicate": partial(near_duplicates, find=find, seed=seed),
         "leak": partial(leaking, find=find, seed=seed),
     }
+    split = claims(rows, sources, seed)
     table = rows.reset_index(drop=True).assign(
-        split=claims(rows, sources, seed), dropped=None, partner=np.uint64(0), copies=copies(rows, sources, seed)
+        split=split,
+        side=side_of(split, params.share_prompts),
+        dropped=None,
+        partner=np.uint64(0),
+        copies=copies(rows, sources, seed),
     )
     table["dropped"] = table["dropped"].astype(pd.CategoricalDtype(REASONS))
     for reason, rule in rules.items():
@@ -91,30 +96,36 @@ def select(
         table.loc[gone.index, "partner"] = gone
     table.loc[table["dropped"].notna(), "split"] = None
     table.loc[table["dropped"].notna(), "copies"] = 0
+    table = table.drop(columns="side")
     SELECTED.validate(table)
     return table.set_index(rows.index)
 
 
-def repeated(rows: pd.DataFrame) -> pd.Series:
-    """Rows whose content is in the same split before. {row: partner}
+def side_of(split: pd.Series, share_prompts: bool) -> pd.Series:
+    """What no prompt may stand in two of: the splits, or with shared prompts reward and ppo as one."""
+    return split.where(split != "ppo", "reward") if share_prompts else split
 
-    Of equal rows one whose user is known stays, then that of the first source by name. Where the splits differ, for a
+
+def repeated(rows: pd.DataFrame) -> pd.Series:
+    """Rows whose content is on the same side before. {row: partner}
+
+    Of equal rows one whose user is known stays, then that of the first source by name. Where the sides differ, for a
     source has other shares or a user is not known everywhere, `leaking` decides: what comes later takes nothing out of
     eval.
     """
-    again = rows[rows.duplicated(["content", "split"], keep=False)]
+    again = rows[rows.duplicated(["content", "side"], keep=False)]
     order = again.assign(source=again["source"].astype(str), kind=again["kind"].astype(str), unknown=again["user"] == 0)
     order = order.sort_values(["unknown", "source", "kind", "user"], kind="stable")
-    gone: pd.Series = rows.loc[order.index[order.duplicated(["content", "split"])], "id"]
+    gone: pd.Series = rows.loc[order.index[order.duplicated(["content", "side"])], "id"]
     return gone
 
 
 def labelled_too(rows: pd.DataFrame) -> pd.Series:
-    """Mere prompts that labelled rows bring into the same split. {row: partner}
+    """Mere prompts that labelled rows bring to the same side. {row: partner}
 
-    Where the splits differ, `leaking` decides: labels that come later do not take a prompt out of eval.
+    Where the sides differ, `leaking` decides: labels that come later do not take a prompt out of eval.
     """
-    units = pd.MultiIndex.from_frame(rows[["id", "split"]])
+    units = pd.MultiIndex.from_frame(rows[["id", "side"]])
     labelled = (rows["kind"] != "prompts").to_numpy()
     gone: pd.Series = rows.loc[~labelled & units.isin(units[labelled]), "id"]
     return gone
@@ -134,7 +145,7 @@ def not_drawn(rows: pd.DataFrame) -> pd.Series:
 
 
 def near_duplicates(rows: pd.DataFrame, find: Find, seed: int) -> pd.Series:
-    """Mere prompts that are near another one of their split, labelled or drawn before by the seed; labelled rows cost
+    """Mere prompts that are near another one of their side, labelled or drawn before by the seed; labelled rows cost
     money and stay. {row: partner}"""
     units = units_of(rows)
     units = units.assign(draw=draws(hexadecimal(units["id"]), seed, "near-duplicate"))
@@ -144,7 +155,7 @@ def near_duplicates(rows: pd.DataFrame, find: Find, seed: int) -> pd.Series:
 
 
 def leaking(rows: pd.DataFrame, find: Find, seed: int) -> pd.Series:
-    """Rows whose prompt is the same as, or near, one that stays in another split. {row: partner}
+    """Rows whose prompt is the same as, or near, one that stays on another side. {row: partner}
 
     Moving one of them instead would break the promise that nothing moves, and no rule could keep both: let p, alone,
     belong to split A and q, alone, to B, and let them be near. With both present a rule that moves nothing must leave
@@ -152,23 +163,23 @@ def leaking(rows: pd.DataFrame, find: Find, seed: int) -> pd.Series:
     keeps its prompts, that figures stay comparable, then labelled ones stay, then the first drawn by the seed.
     """
     units = units_of(rows)
-    names = [f"{id}|{split}" for id, split in zip(hexadecimal(units["id"]), units["split"], strict=True)]
-    units = units.assign(draw=draws(names, seed, "leak"), trained=units["split"] != "eval")
+    names = [f"{id}|{side}" for id, side in zip(hexadecimal(units["id"]), units["side"], strict=True)]
+    units = units.assign(draw=draws(names, seed, "leak"), trained=units["side"] != "eval")
     units = units.sort_values(["trained", "labelled", "draw", "id"], ascending=[True, False, True, True])
     rivals = duplicates.keep(find(units, True), fixed=int((~units["trained"]).sum()))
     return of_units(rows, units, rivals)
 
 
 def units_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows' distinct (id, split), with whether one of their rows is labelled."""
+    """The rows' distinct (id, side), with whether one of their rows is labelled."""
     units = rows.assign(labelled=rows["kind"] != "prompts").sort_values("labelled", ascending=False, kind="stable")
-    return units.drop_duplicates(["id", "split"])[["id", "split", "prefix", "labelled"]]
+    return units.drop_duplicates(["id", "side"])[["id", "side", "prefix", "labelled"]]
 
 
 def of_units(rows: pd.DataFrame, units: pd.DataFrame, rivals: duplicates.Ints) -> pd.Series:
     """{row: partner} of the rows of all units with a rival (U,)."""
-    gone = units.loc[rivals >= 0, ["id", "split"]].assign(partner=units["id"].to_numpy()[rivals[rivals >= 0]])
-    found = rows[["id", "split"]].reset_index().merge(gone, on=["id", "split"])
+    gone = units.loc[rivals >= 0, ["id", "side"]].assign(partner=units["id"].to_numpy()[rivals[rivals >= 0]])
+    found = rows[["id", "side"]].reset_index().merge(gone, on=["id", "side"])
     return found.set_index("index")["partner"]
 
 
@@ -184,7 +195,7 @@ def finder(prompts: Prompts, threshold: float | None) -> Find:
             duplicates.Units(
                 prompt=index.get_indexer(pd.Index(units["id"])),
                 stem=np.unique(stems, return_inverse=True)[1],
-                split=units["split"].cat.codes.to_numpy().astype(np.int64),
+                split=units["side"].cat.codes.to_numpy().astype(np.int64),
             ),
             across,
             prompts.signatures,
@@ -244,8 +255,8 @@ def nobody(rows: pd.Index) -> pd.Series:
     return pd.Series(np.uint64(0), rows)
 
 
-def leaks(rows: pd.DataFrame, prompts: Prompts, threshold: float | None) -> pd.DataFrame:
-    """Prompts of `SELECTED` rows that stand in two splits, begin alike in two, or are near one of another: split_a,
+def leaks(rows: pd.DataFrame, prompts: Prompts, threshold: float | None, share_prompts: bool = False) -> pd.DataFrame:
+    """Prompts of `SELECTED` rows that stand on two sides, begin alike on two, or are near one of another: split_a,
     id_a, split_b, id_b, similarity.
 
     It is empty after `select`, and searches in another way: joins on bands of its own, 21 of 6 entries from all over
@@ -253,6 +264,7 @@ def leaks(rows: pd.DataFrame, prompts: Prompts, threshold: float | None) -> pd.D
     """
     units = rows.loc[rows["split"].notna(), ["split", "id", "prefix"]].drop_duplicates(["split", "id"])
     units["prompt"] = pd.Index(prompts.ids).get_indexer(pd.Index(units["id"]))
+    units["side"] = side_of(units["split"], share_prompts)
     found = [*across_splits(units, units["id"])]
     begun = units[units["prefix"] != 0].drop_duplicates(["split", "prefix"])
     found += across_splits(begun, begun["prefix"])
@@ -267,9 +279,9 @@ def leaks(rows: pd.DataFrame, prompts: Prompts, threshold: float | None) -> pd.D
 
 
 def across_splits(units: pd.DataFrame, keys: pd.Series | Ids) -> Iterator[pd.DataFrame]:
-    """All pairs of units (U) of different splits and the same key, as columns *_a and *_b, in parts that fit into
+    """All pairs of units (U) of different sides and the same key, as columns *_a and *_b, in parts that fit into
     memory."""
-    units = units.assign(key=np.asarray(keys), place=units["split"].cat.codes)
+    units = units.assign(key=np.asarray(keys), place=units["side"].cat.codes)
     places = units.groupby("key")["place"]
     units = units[places.transform("min") < places.transform("max")]
     part = units.groupby("key")["key"].transform("size").cumsum().to_numpy() // 1_000_000

@@ -129,6 +129,15 @@ def rows_of(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path} holds no rows.")
 
 
+def unit_of(path: Path) -> str:
+    """What `rows_of` counts in a file: "line" or "row"."""
+    kind = ending(path)
+    if kind == ".json":
+        with opened(path) as stream:
+            return "row" if is_array(stream) else "line"
+    return "row" if kind == ".parquet" else "line"
+
+
 def parse(content: bytes) -> Mapping[str, Any]:
     """One row of JSON. A key that stands twice in an object is damage, since a value would be lost."""
     try:
@@ -182,13 +191,17 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
 def json_file(path: Path) -> Iterator[tuple[int, Row]]:
     """An array of rows, or JSON Lines under another name."""
     with opened(path) as stream:
-        if stream.peek().lstrip().startswith(b"["):
+        if is_array(stream):
             yield from enumerate(elements(stream, path), start=1)
             return
         for place, (number, row) in enumerate(lines(stream)):
             if place == 0 and isinstance(row, bytes):
                 check_first_line(row, path)
             yield number, row
+
+
+def is_array(stream: io.BufferedReader) -> bool:
+    return stream.peek().lstrip().startswith(b"[")
 
 
 def check_first_line(line: bytes, path: Path) -> None:

@@ -28,6 +28,16 @@ from tests.tiny import shell, tiny_model_dir, tiny_repo
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Tt]ype hint:UserWarning")
 ROOT = Path(__file__).parents[2]
 OUT = "data/prepared"
+# what later stages ask of few data and a small model
+FEW: dict[str, dict[str, Any]] = {
+    "demonstrate": {"prompts": 8},
+    "sft": {"trainable_layers": 1, "validation_share": 0.3},
+    "sample": {"prompts": 8},
+    "rank": {"held_out_share": 0.4},
+    "reward": {"trainable_layers": 1},
+    "ppo": {"trainable_layers": 1, "eval_prompts": 4},
+    "baseline": {"prompts": 4},
+}
 yaml = YAML()
 
 
@@ -37,15 +47,17 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("replay")
     model = tiny_model_dir(root / "model")
     folder = tiny_repo(root / "repo")
-    for name in ("tasks", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
+    for name in ("tasks", "dvc.yaml", "params.yaml", ".gitignore", ".dvcignore", "data/labels"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
-    (folder / "data/raw").mkdir(parents=True)
+    (folder / "data/raw").mkdir()
     (folder / "data/raw/.gitkeep").touch()
     params = yaml.load(folder / "params.yaml")
     params["base"].update(model=f"folder:{model}", sha256=folder_sha256(model), chat_template=None)
     params["text"].update(max_prompt_tokens=150, max_response_tokens=70)
     params["tickets"]["count"] = 80
+    for section, values in FEW.items():
+        params[section].update(values)
     yaml.dump(params, folder / "params.yaml")
     commit(folder, "Start")
     repro(folder)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from dvc.utils import serialize
 
 from tasks.params import load_params
 from tasks.stage import UserError
@@ -61,6 +62,50 @@ def test_wrong_type_and_range_tell_the_value(tmp_path: Path) -> None:
     said = complaint(tmp_path, changed("seed: 1\n", "seed: -1\n"))
     assert "`seed`" in said
     assert "(it is -1)" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("kl_coef: 0.02", 'kl_coef: "0.02"', "ppo.kl_coef"),
+        ("kl_coef: 0.02", "kl_coef: true", "ppo.kl_coef"),
+        ("kl_target: null", 'kl_target: "6"', "ppo.kl_target"),
+        ("updates: 8", "updates: 8.0", "ppo.updates"),
+        ("updates: 8", "updates: 2.5", "ppo.updates"),
+        ("whiten_advantages: true", "whiten_advantages: yes", "ppo.whiten_advantages"),
+        ("whiten_advantages: true", "whiten_advantages: 1", "ppo.whiten_advantages"),
+        ("adam_betas: [0.9, 0.95]", 'adam_betas: ["0.9", 0.95]', "ppo.adam_betas"),
+        ("rewards: {model: 1.0}", 'rewards: {model: "1.0"}', "ppo.rewards"),
+        ("learning_rate: 5.0e-4", 'learning_rate: "1e-4"', "sft.learning_rate"),
+        ("count: 4800", "count: 4800.0", "tickets.count"),
+        ("count: 4800", "count: true", "tickets.count"),
+        ("approval: false", "approval: no", "register.approval"),
+        ("approval: false", "approval: 0", "register.approval"),
+        ("skill: 0.6", 'skill: "0.6"', "labelers.0.skill"),
+        ("padding: 0.2", 'padding: "0.2"', "labelers.3.habits.padding"),
+        ("sampling: {temperature: 0,", 'sampling: {temperature: "0",', "judge.sampling"),
+        ("share_prompts: false", 'share_prompts: "false"', "prepare.share_prompts"),
+    ],
+)
+def test_values_keep_their_types(tmp_path: Path, old: str, new: str, key: str) -> None:
+    said = complaint(tmp_path, changed(old, new))
+    assert f"`{key}`" in said
+    assert len(said.splitlines()) == 2
+
+
+def test_how_a_text_may_have_been_meant(tmp_path: Path) -> None:
+    assert "a number stands without quotation marks" in complaint(tmp_path, changed("seed: 1\n", 'seed: "1"\n'))
+    assert "true, without quotation marks" in complaint(tmp_path, changed("approval: false", "approval: yes"))
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
+def test_numbers_as_people_write_them(tmp_path: Path, text: str) -> None:
+    """YAML 1.1 takes 1e-4 for a text; DVC and this project read YAML 1.2."""
+    file = tmp_path / "params.yaml"
+    file.write_text(changed("learning_rate: 1.5e-4", f"learning_rate: {text}").replace("gamma: 1.0", "gamma: 1"))
+    ppo = load_params(file).ppo
+    assert (ppo.learning_rate, ppo.gamma) == (1e-4, 1)
+    assert serialize.load_yaml(str(file))["ppo"]["learning_rate"] == 1e-4
 
 
 def test_shares_that_do_not_add_up(tmp_path: Path) -> None:

@@ -401,6 +401,7 @@ def test_flat_params_takes_declared_sections_alone(params: Params) -> None:
         "prepare.splits.reward": "0.3",
         "prepare.splits.ppo": "0.3",
         "prepare.splits.eval": "0.1",
+        "prepare.share_prompts": "False",
         "prepare.duplicate_limit": "0.05",
         "prepare.damaged_limit": "0.05",
         "prepare.near_duplicate": "0.8",

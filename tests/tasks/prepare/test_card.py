@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from tasks.params import Source, Text
-from tasks.prepare.card import Findings, card, console_tables, figures, lengths_figure, write_card
+from tasks.prepare.card import Findings, Unused, card, console_tables, figures, lengths_figure, write_card
 
 HOSTILE = "<script>alert(1)</script> | *a* _b_ [c](http://d.e) `f` ~~g~~ &lt; \x1b[31m\nnext\u202eline"
 COLUMNS = {
@@ -193,3 +193,38 @@ def test_on_a_terminal() -> None:
     assert ["own", "$5_*", "2", "1", "1", "50.0%", "1", "2"] in lines
     assert ["pairs", "no", "JSON", "2", "33.3%"] in lines
     assert ["sft", "1", "33.3%", "1", "0", "0"] in lines
+
+
+def test_a_narrow_terminal_folds_names() -> None:
+    names = ["comparisons_of_the_team", "comparisons_of_the_team_extra"]
+    rows = [{**ROWS[0], "source": name} for name in names]
+    found = dataclasses.replace(
+        findings(rows), sources=[Source(kind="rankings", path="data/raw/p.jsonl", name=name) for name in names]
+    )
+    console = Console(width=60, file=io.StringIO())
+    console.print(console_tables(found)[0])
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    first = [line[2:20].split(" ")[0] for line in shown.splitlines()]
+    assert "".join(first).count("comparisons_of_the_team") == 2
+    assert "".join(first).endswith("extra")
+
+
+UNUSED = [Unused("rankings", 2, 4, "they are in the split ppo", "share"), Unused("demonstrations", 1, 40, "why", "so")]
+
+
+def test_unused_labels_are_told_where_there_are_any() -> None:
+    assert "unused" not in "".join(figures(FOUND))
+    assert "no stage uses" not in card(FOUND)
+    found = dataclasses.replace(FOUND, unused=UNUSED)
+    assert (figures(found)["unused_rankings"], figures(found)["unused_demonstrations"]) == (2, 1)
+    assert "## Labels that no stage uses" in card(found)
+    assert [one.is_loss for one in UNUSED] == [True, False], "one in twenty is much"
+    assert card(found).count("**Warning:** 2 of 4 rankings") == 1
+
+
+def test_shared_prompts_count_for_ppo() -> None:
+    found = dataclasses.replace(FOUND, share_prompts=True)
+    assert (figures(found)["ppo"], figures(found)["reward"]) == (1, 1)
+    assert "share\\_prompts" in card(found) or "share_prompts" in card(found)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from tasks import prepare
 from tasks.conversations import FINGERPRINT_FILE, single
 from tasks.datasets import Demonstration, Prompt, PromptFacts, RecordedRanking, prompt_id, read_rows, stable_share
 from tasks.lineage import load_stages
 from tasks.params import Params, Splits, load_params
-from tasks.prepare import intake, pipeline
+from tasks.prepare import intake, machine, pipeline
 from tasks.stage import Stage, UserError
 from tasks.tickets import generate
 from tasks.tracking import Tracker
@@ -46,8 +47,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# what later stages ask of few data
+FEW: dict[str, dict[str, Any]] = {
+    "demonstrate": {"prompts": 50},
+    "sample": {"prompts": 50},
+    "ppo": {"eval_prompts": 8},
+    "baseline": {"prompts": 12},
+}
+RECORDED: dict[str, dict[str, Any]] = {"demonstrate": {"labeler": "recorded"}, "rank": {"labeler": "recorded"}}
+
+
 class Repository:
-    """A folder with raw data, and params.yaml of this repository but for what a test changes."""
+    """A folder with raw data, and params.yaml of this repository but for what few data and a test change."""
 
     def __init__(self, root: Path, base: Path) -> None:
         self.root = root
@@ -55,6 +66,7 @@ class Repository:
             (root / folder).mkdir(parents=True)
         (root / "data/models/base").symlink_to(base)
         self.sources: list[dict[str, Any]] = []
+        self.few = [FEW]
         self.changes: dict[str, dict[str, Any]] = {}
         self.events: list[dict[str, Any]] = []
 
@@ -68,8 +80,9 @@ class Repository:
     def params(self) -> Params:
         raw = load_params(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
         raw["data"] = {"sources": self.sources}
-        for section, values in self.changes.items():
-            raw[section] |= values
+        for changes in (*self.few, self.changes):
+            for section, values in changes.items():
+                raw[section] |= values
         return Params.model_validate(raw)
 
     def stage(self) -> Stage:
@@ -129,6 +142,7 @@ def pair(number: int, **more: Any) -> dict[str, Any]:
 @pytest.fixture
 def own(repository: Repository) -> Repository:
     """A team's demonstrations and rankings."""
+    repository.few.append(RECORDED)
     shown = [{"instruction": sentence(number), "input": "", "output": f"done {number}"} for number in range(200)]
     repository.write("raw/shown.jsonl", shown)
     repository.write("raw/pairs.jsonl.gz", [pair(number) for number in range(1000, 1300)])
@@ -202,6 +216,99 @@ def test_every_row_is_in_a_split_or_set_aside_with_a_reason(own: Repository) -> 
     assert (wrong["field"], wrong["row"]) == ("chosen", 303)
     assert metrics["prompts"] == 500
     assert metrics["duplicates"] == 1
+
+
+@pytest.fixture
+def sixty(repository: Repository) -> Repository:
+    """A person's own 60 demonstrations, half of them long, and 60 pairs; params.yaml as it comes."""
+    repository.few = []
+    shown = [{"prompt": sentence(n), "response": "word " * (20 if n % 2 else 99)} for n in range(60)]
+    repository.write("raw/shown.jsonl", shown)
+    repository.write("raw/pairs.jsonl", [pair(number) for number in range(1000, 1060)])
+    repository.sources = [
+        {"kind": "demonstrations", "path": "data/raw/shown.jsonl"},
+        {"kind": "rankings", "path": "data/raw/pairs.jsonl"},
+    ]
+    return repository
+
+
+def test_all_that_does_not_fit_is_told_at_once_and_what_would(sixty: Repository) -> None:
+    with pytest.raises(UserError) as error:
+        sixty.run()
+    assert not (sixty.root / "data/prepared").exists()
+    said, block = str(error.value).split("\n\n", 1)
+    for key in ("damaged_limit", "split `ppo` is empty", "demonstrate.prompts", "sample.prompts", "baseline.prompts"):
+        assert key in said
+    values = YAML(typ="safe").load(block)
+    eval_prompts = values["baseline"]["prompts"]
+    assert values == {
+        "text": {"max_response_tokens": 104},
+        "prepare": {"share_prompts": True},
+        "demonstrate": {"labeler": "recorded"},
+        "rank": {"labeler": "recorded"},
+        "baseline": {"prompts": eval_prompts},
+    }
+    sixty.changes = values
+    metrics = sixty.run()
+    assert (metrics["eval"], metrics["ppo"]) == (eval_prompts, metrics["reward"]), "of all 60 demonstrations"
+    prompts = sixty.prompts()
+    assert set(prompts["ppo"]) == set(prompts["reward"])
+    assert len(set(prompts["sft"] + prompts["ppo"] + prompts["eval"])) == 120
+    assert "share_prompts" in (sixty.root / "data/reports/prepare/card.md").read_text()
+
+
+def test_nothing_about_the_machine_is_written(own: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.run()
+    written = own.bytes()
+    monkeypatch.setattr(machine, "unwritable", lambda *_: ["/locked"])
+    with pytest.raises(UserError, match="- /locked cannot be written to"):
+        own.run()
+    monkeypatch.undo()
+    rooms = [machine.Room(own.root, free=10, least=5, likely=20)]
+    monkeypatch.setattr(machine, "rooms", lambda *_: rooms)
+    own.run()
+    assert own.bytes() == written
+
+
+def test_labels_that_no_stage_will_use(own: Repository, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = own.run()
+    lost = len(own.prompts()["ppo"])
+    assert metrics["unused_rankings"] == lost == pytest.approx(90, abs=32)  # 4 standard errors
+    shown = {split: own.rows(f"demonstrations/{split}.jsonl", Demonstration) for split in ("sft", "eval")}
+    assert metrics["unused_demonstrations"] == len(shown["eval"])
+    assert f"warning: {lost} of 300 rankings are not used" in capsys.readouterr().out
+    own.changes = {"demonstrate": {"labeler": "human"}}
+    assert own.run()["unused_demonstrations"] == 200
+
+
+def test_the_same_file_as_prompts(own: Repository) -> None:
+    """Its prompts are ranked: PPO gets them by the switch alone."""
+    del own.sources[1]["splits"]
+    own.sources.append({"kind": "prompts", "path": "data/raw/pairs.jsonl.gz", "name": "again"})
+    with pytest.raises(UserError, match="`ppo` is empty"):
+        own.run()
+    own.changes = {"prepare": {"share_prompts": True}}
+    assert own.run()["failed_checks"] == 0
+    prompts = own.prompts()
+    assert set(prompts["ppo"]) == set(prompts["reward"])
+    assert not set(prompts["ppo"]) & set(prompts["eval"])
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.json", "row 4"), ("a.jsonl", "line 4"), ("b.json", "line 4")])
+def test_rows_of_an_array_are_rows(own: Repository, name: str, place: str) -> None:
+    rows: list[Any] = [pair(number) for number in range(1000, 1012)]
+    rows[3] = {"prompt": 1, "chosen": "a", "rejected": "b"}
+    own.write(f"raw/{name}", [json.dumps(rows)] if name == "a.json" else rows)
+    own.sources[1] |= {"path": f"data/raw/{name}"}
+    with pytest.raises(UserError, match=rf"first data/raw/{name}, {place}: "):
+        own.run()
+
+
+def test_all_sources_that_cannot_be_read_are_told(own: Repository) -> None:
+    own.sources[0]["path"] = "data/raw/other.jsonl"
+    own.sources[1]["format"] = "pears"
+    with pytest.raises(UserError, match=r"(?s)sources, other: .*is missing.*sources, pairs: .*pears"):
+        own.run()
 
 
 def test_too_many_damaged_rows_are_an_error(own: Repository) -> None:
@@ -466,7 +573,7 @@ def test_a_file_that_is_not_there(own: Repository) -> None:
 
 def test_a_source_with_nothing_to_take(own: Repository) -> None:
     own.write("raw/shown.jsonl", [{"question": 1}])
-    with pytest.raises(UserError, match=r"nothing of shown can be taken"):
+    with pytest.raises(UserError, match=r"1 of the 1 rows of shown cannot be taken"):
         own.run()
 
 

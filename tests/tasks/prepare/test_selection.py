@@ -270,7 +270,7 @@ def test_eval_keeps_its_prompts_then_labelled_ones_stay() -> None:
         {
             "id": np.array([IDS[0, 0], IDS[0, 1], IDS[0, 2], IDS[1, 0], IDS[1, 1]], np.uint64),
             "kind": ["rankings", "rankings", "prompts", "rankings", "prompts"],
-            "split": pd.Categorical(["sft", "reward", "eval", "ppo", "sft"], selection.SPLITS),
+            "side": pd.Categorical(["sft", "reward", "eval", "ppo", "sft"], selection.SPLITS),
             "prefix": np.uint64(0),
         }
     )
@@ -282,6 +282,31 @@ def test_near_duplicates_are_not_looked_for_where_the_threshold_is_null() -> Non
     rows = [row(0, variant) for variant in range(4)]
     assert reasons(selected(rows, near_duplicate=None)) == [None] * 4
     assert reasons(selected(rows)).count(None) == 1
+
+
+@pytest.mark.parametrize(("shared", "reason"), [(False, "leak"), (True, None)])
+def test_shared_prompts_may_be_ranked_and_in_ppo(shared: bool, reason: str | None) -> None:
+    """Two labelled rows and near ones, one of each in the split ppo; mere prompts are there already."""
+    sources = {"a": Blend(1.0, {"reward": 1.0}), "b": Blend(1.0, {"ppo": 1.0})}
+    ranked = [row(0, kind="rankings"), row(0, kind="rankings", source="b", response=1), row(0, 1, "rankings", "b")]
+    rows = table([*ranked, row(1, kind="rankings"), row(1, source="b"), row(2, source="b")])
+    found = select(rows, PROMPTS, sources, prepare(share_prompts=shared), 1)
+    first = reasons(found)[:3]
+    assert reason in first
+    assert reasons(found)[3:] == [None, "with labels" if shared else "leak", None]
+    assert (first == [None] * 3) == shared
+    assert leaks(found, PROMPTS, 0.8, shared).empty
+    assert list(found.columns) == [*rows.columns, "split", "dropped", "partner", "copies"]
+
+
+@quick
+@given(rows=ANY_ROWS, seed=st.integers(0, 3))
+def test_with_shared_prompts_all_other_splits_stay_apart(rows: list[dict[str, Any]], seed: int) -> None:
+    found = selected(rows, seed, share_prompts=True)
+    kept = found[found["split"].notna()]
+    sides = kept["split"].astype(str).replace("ppo", "reward")
+    assert leaks(found, PROMPTS, 0.8, share_prompts=True).empty
+    assert (kept.assign(side=sides).groupby("id")["side"].nunique() == 1).all()
 
 
 def test_leaks_names_every_kind() -> None:
