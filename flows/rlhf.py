@@ -27,7 +27,7 @@ from flows.dvc_stage import WAITS, Outcome, Pool, dvc_stage, outcome_of, unchang
 from flows.leftovers import mend_leftovers
 from flows.report import TOLD, Report, pipeline_record, print_report, publish, quoted
 from flows.server import prefect_server
-from tasks.lineage import StageSpec, load_stages, upstream
+from tasks.lineage import StageSpec, load_stages, read_lock, upstream
 from tasks.params import load_params
 from tasks.run import WAITS as EXIT_WAITS
 from tasks.stage import UserError
@@ -131,6 +131,7 @@ def _parse(argv: list[str] | None) -> list[str] | None:
     except FileNotFoundError:
         raise UserError("no dvc.yaml here; run from the repository's root.") from None
     needed(known, wanted)
+    read_lock()
     if Path("params.yaml").exists():
         load_params(Path("params.yaml"))  # a wrong key is told now, not when the stage that reads it has its turn
     return wanted or None

@@ -29,7 +29,6 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.variables import Variable
 from pydantic import Field
 from rich.console import Console
-from ruamel.yaml import YAML
 
 from flows import prune as pruning
 from flows import replay as replaying
@@ -39,11 +38,11 @@ from flows.report import Report
 from flows.rlhf import needed, rlhf
 from flows.waiting import Waiting, answers, jobs_of, may_suspend, resumed, suspend, waits_already
 from flows.workspace import BRANCHES, Workspace, name_of, open_workspace
-from tasks.datasets import flat
+from tasks.datasets import flat, read_figures
 from tasks.labels.queue import LABELS
 from tasks.lineage import load_stages, upstream
 from tasks.run import end_with_parent
-from tasks.stage import UserError
+from tasks.stage import UserError, read_yaml
 
 BY_WORKER = "PREFECT__FLOW_RUN_ID" in os.environ  # this process is a worker's child, and not a person's
 REGISTERED = Path("data/reports/registered.json")
@@ -164,7 +163,7 @@ def tell_news(notification: str | None, workspace: Workspace, news: str, facts: 
 
 def run_stages(workspace: Workspace, targets: list[str] | None, elsewhere: Mapping[str, str]) -> State[Any]:
     """Everything, or `targets` and what they need; with as many of people's labels as there are."""
-    params = flat(YAML(typ="safe").load(Path("params.yaml")) or {})
+    params = flat(read_yaml(Path("params.yaml")) or {})
     if any(params.get(f"{job}.labeler") == "human" and params.get(f"{job}.human.fill_in") for job in LABELS):
         workspace.take_labels()  # nobody will wait for them
     for stage in needed(load_stages(), targets):
@@ -229,7 +228,7 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
         workspace.publish()
     figures: dict[str, Any] = {}
     for file in sorted(Path("data/reports").glob("*/metrics.json")):
-        figures |= flat(json.loads(file.read_text(encoding="utf-8")))
+        figures |= flat(read_figures(file.read_text(encoding="utf-8")))
     return {"run": workspace.id, "branch": workspace.branch, "commit": commit, "figures": figures}
 
 

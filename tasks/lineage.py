@@ -21,10 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from tasks.stage import UserError
+from tasks.stage import MergeConflictError, UserError, read_yaml
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def _paths(entries: list[Any]) -> tuple[str, ...]:
 
 def load_stages(root: Path = Path()) -> dict[str, StageSpec]:
     """The stages of dvc.yaml in an order in which they can run."""
-    declared = YAML(typ="safe").load(root / "dvc.yaml")["stages"]
+    declared = read_yaml(root / "dvc.yaml")["stages"]
     specs = {
         name: StageSpec(
             name=name,
@@ -85,14 +82,20 @@ def upstream(specs: dict[str, StageSpec]) -> dict[str, set[str]]:
 
 def locked_outs(stage: str, root: Path = Path()) -> dict[str, str]:
     """{path: DVC hash} of what the stage last wrote, from dvc.lock; empty when it never ran to its end."""
+    return {out["path"]: out["md5"] for out in read_lock(root).get(stage, {}).get("outs", [])}
+
+
+def read_lock(root: Path = Path()) -> dict[str, Any]:
+    """dvc.lock's stages. UserError where the file cannot be used."""
     lock = root / "dvc.lock"
     for attempt in range(10):  # DVC writes the file in place: a reader beside it may find it empty or cut off
         if not lock.exists():
             return {}
         try:
-            entry = YAML(typ="safe").load(lock)["stages"].get(stage, {})
-            return {out["path"]: out["md5"] for out in entry.get("outs", [])}
-        except (YAMLError, TypeError, KeyError):
+            return dict(read_yaml(lock)["stages"])
+        except MergeConflictError:
+            raise
+        except (UserError, FileNotFoundError, TypeError, KeyError):
             time.sleep(0.05 * (attempt + 1))
     raise UserError(f"{lock} is damaged. Restore it with `git checkout {lock}`, or remove it and run again.")
 

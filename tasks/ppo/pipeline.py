@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, read_rows, write_csv, write_json, write_rows
+from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, read_rows, write_csv, write_figures, write_rows
 from tasks.models import (
     decode_response,
     encode_prompt,
@@ -82,7 +82,8 @@ def train_policy(stage: Stage) -> None:
     }
     start = {} if trainer.held_out_start is None else {"held_out_start": trainer.held_out_start.score}
     best = {} if trainer.watch.best is None else {"held_out_best": trainer.watch.best.score}
-    write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {**kept, **start, **best, **last}})
+    figures = {**kept, **start, **best, **last}
+    write_figures(stage.out("data/reports/ppo/metrics.json"), {"ppo": figures}, ["ppo.kept_update", "ppo.score"])
     print(f"ppo: the policy after update {trainer.kept_update} of {trainer.update} is kept")
 
 
