@@ -27,14 +27,14 @@ from flows.dvc_stage import WAITS, Outcome, Pool, dvc_stage, outcome_of, unchang
 from flows.leftovers import mend_leftovers
 from flows.report import TOLD, Report, pipeline_record, print_report, publish, quoted
 from flows.server import prefect_server
-from tasks.lineage import StageSpec, load_stages, read_lock, upstream
+from tasks.lineage import StageSpec, load_stages, read_lock, run_name, upstream
 from tasks.params import load_params
 from tasks.run import WAITS as EXIT_WAITS
 from tasks.stage import UserError
 from tasks.tracking import masked
 
 
-@flow(name="rlhf", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
+@flow(name="rlhf", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
 def rlhf(targets: list[str] | None = None, pull: bool = False) -> State[Report]:
     """Bring every stage of dvc.yaml up to date, or `targets` and what they need.
 

@@ -32,7 +32,11 @@ from tasks.tracking import masked, tracking_uri
 
 MLFLOW_PORT = 5000  # tasks/tracking.py prints links to it
 # without job execution MLflow takes 2 processes and 0.5 GB, with it 10 and 2.5
-QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+QUIET = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def read_figures(text: str) -> dict[str, Any]:
 
 def rounded(value: Any) -> Any:
     """A float as people read it."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) and not value.is_integer() else value
 
 
 def format_interval(figures: Mapping[str, Any], name: str) -> Any:

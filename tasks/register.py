@@ -102,6 +102,7 @@ def run(stage: Stage) -> None:
     if promotion == WAITS:
         print(f'if it is to be the champion: make promote VERSION=policy/{policy.version} REASON="..."')
     stage.tracker.metrics({f"gate/{gate.name}": float(gate.passed) for gate in judged if not gate.open})
+    stage.tracker.tags({"gates": gates.in_short(judged), "policy": f"policy/{policy.version}"})
     numbers = {name: value for name, value in (duel or {}).items() if not isinstance(value, str)}
     stage.tracker.metrics({f"champion/{name}": value for name, value in numbers.items()})
     stage.tracker.note(f"{happened}\n- **Gates**: {verdict(judged)}. policy/{policy.version}: {promotion}.")

@@ -31,8 +31,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.datasets import flat
-from tasks.lineage import StageSpec, environment, git_state, hash_path
+from tasks.datasets import flat, rounded
+from tasks.lineage import StageSpec, environment, git_state, hash_path, run_name
 from tasks.stage import UserError, WaitsForPeopleError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ SAMPLE_SECONDS = 10.0
 LAST_CHANCE_SECONDS = 20.0  # what the end of a stage waits for the server, at most
 KILLED_SECONDS = 1.0  # the same when the stage is being stopped
 OWN = ("time/", "system/")  # metrics of one process, which say nothing of its pipeline
+SHARED = ("gates", "policy")  # tags of a stage that its pipeline has too: columns of the list of runs
 GIVE_UP_SECONDS = 60.0  # after a failure the flow does not ask again for so long
 
 Event = dict[str, Any]
@@ -100,8 +101,9 @@ class Tracker:
             mirror.finish(KILLED_SECONDS if status == "KILLED" else LAST_CHANCE_SECONDS)
 
     def metrics(self, values: dict[str, float], step: int | None = None) -> None:
-        """Figures, or one point of each curve when `step` says where it stands."""
-        self._record({"kind": "metrics", "values": {key: float(v) for key, v in values.items()}, "step": step or 0})
+        """Figures, rounded as people read them, or one point of each curve when `step` says where it stands."""
+        points = {key: float(value if step is not None else rounded(value)) for key, value in values.items()}
+        self._record({"kind": "metrics", "values": points, "step": step or 0})
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Rows to look at, such as samples side by side. The same name again replaces the table."""
@@ -374,6 +376,7 @@ def _start_event(journal_id: str, spec: StageSpec, params: Params) -> Event:
         "tags": tags,
         "params": {key: masked(value) for key, value in flat_params(params, spec.params).items()},
         "pipeline_time": pipeline_time,
+        "pipeline_name": run_name(),
         "flow": flow,
     }
 
@@ -577,7 +580,9 @@ class Sender:
         tags = start["tags"]
         with _machine_lock():
             found = _runs(self._client, experiment, {"rlhf.journal": tags["rlhf.journal"]})
-            parent = _pipeline_run(self._client, experiment, tags["pipeline.id"], start["pipeline_time"])
+            parent = _pipeline_run(
+                self._client, experiment, tags["pipeline.id"], start["pipeline_time"], start.get("pipeline_name", "")
+            )
             if found:
                 self.run_id = found[0]
             else:
@@ -609,7 +614,10 @@ class Sender:
     def _log_tags(self, event: Event) -> None:
         from mlflow.entities import RunTag
 
-        self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in event["tags"].items()])
+        tags = [RunTag(key, value) for key, value in event["tags"].items()]
+        self._client.log_batch(self.run_id, tags=tags)
+        if shared := [tag for tag in tags if tag.key in SHARED]:
+            self._client.log_batch(self._parent, tags=shared)
 
     def _log_datasets(self, event: Event) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -681,8 +689,9 @@ def _log_again(client: MlflowClient, made: str, pipeline: str) -> None:
     _log_params(client, pipeline, run.data.params)
     curves = [client.get_metric_history(made, key) for key in run.data.metrics if not key.startswith(OWN)]
     _log_metrics(client, pipeline, [point for curve in curves for point in curve])
-    if note := run.data.tags.get(NOTE):
-        client.set_tag(pipeline, NOTE, note)
+    for key in (NOTE, *SHARED):
+        if key in run.data.tags:
+            client.set_tag(pipeline, key, run.data.tags[key])
 
 
 def _experiment(client: MlflowClient) -> str:
@@ -723,15 +732,14 @@ _LAYOUT = {
 }
 
 
-def _pipeline_run(client: MlflowClient, experiment: str, pipeline_id: str, started: float) -> str:
+def _pipeline_run(client: MlflowClient, experiment: str, pipeline_id: str, started: float, name: str = "") -> str:
     """The run that is the parent of the pipeline's stages, found by the pipeline's id or made."""
     tags = {"pipeline.id": pipeline_id, "rlhf.kind": "pipeline"}
     with _machine_lock():
         found = _runs(client, experiment, tags)
         if found:
             return found[0]
-        name = f"pipeline {datetime.fromtimestamp(started):%Y-%m-%d %H:%M}"
-        return str(client.create_run(experiment, int(started * 1000), tags, name).info.run_id)
+        return str(client.create_run(experiment, int(started * 1000), tags, name or run_name()).info.run_id)
 
 
 def _runs(client: MlflowClient, experiment: str, tags: dict[str, str]) -> list[str]:
