@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tasks.lineage import describe_changes, differing
 from tasks.registry import champion
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 STAR = "★"
+CHANGED = "what changed; gates"
 # The first that a run has; as tasks/gates.py asks them
 WIN_RATES = ("eval/win_rate", "judge/versus.sft.win_rate", "eval/score_win_rate")
 STATES = {"RUNNING": "running", "SCHEDULED": "waits", "FAILED": "failed", "KILLED": "stopped"}
@@ -88,7 +90,7 @@ def _row(run: Run, before: Run, champion: str) -> Row:
         score=_figure(metrics, "all/score"),
         win_rate=next((_percent(metrics, name) for name in WIN_RATES if name in metrics), ""),
         kl=_figure(metrics, "all/kl"),
-        gates="; ".join(text for text in (state, tags.get("gates", "")) if text),
+        gates="; ".join(text for text in (state, f"gates {tags['gates']}" if "gates" in tags else "") if text),
     )
 
 
@@ -105,28 +107,29 @@ def _percent(metrics: Mapping[str, float], name: str) -> str:
     return f"{100 * metrics[name]:.0f}" + (f" [{interval}]" if interval else "")
 
 
-def table_of(rows: Iterable[Row]) -> Table:
+def table_of(rows: Sequence[Row]) -> Table:
     """Columns that no row fills are left out; a long name goes on in the next line."""
-    rows = list(rows)
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False)
-    cells = {
-        "run": [f"{row.run}\n{row.policy}{f' {STAR}' if row.is_champion else ''}".strip() for row in rows],
-        "when": [f"{row.when:%m-%d %H:%M}" for row in rows],
-        "what changed": [row.changed for row in rows],
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, padding=(0, 1, 0, 0))
+    columns = {
+        "run": [_lines(row.run, f"{row.policy} {STAR}" if row.is_champion else row.policy) for row in rows],
+        "when": [f"{row.when:%m-%d\n%H:%M}" for row in rows],
+        CHANGED: [_lines(row.changed, row.gates) for row in rows],
         "gold": [row.gold for row in rows],
         "judge %": [row.judge for row in rows],
         "score": [row.score for row in rows],
         "win rate %": [row.win_rate for row in rows],
         "KL": [row.kl for row in rows],
-        "gates": [row.gates for row in rows],
     }
-    filled = {heading: column for heading, column in cells.items() if any(column)}
+    filled = {heading: cells for heading, cells in columns.items() if any(cells)}
     for heading in filled:
-        folds = heading in ("when", "what changed", "gates")
-        table.add_column(heading, overflow="fold", no_wrap=not folds, justify="left" if folds else "right")
+        table.add_column(heading, overflow="fold", no_wrap=heading != CHANGED)
     for line in zip(*filled.values(), strict=True):
-        table.add_row(*line)
+        table.add_row(*map(Text, line))  # names are no markup
     return table
+
+
+def _lines(*texts: str) -> str:
+    return "\n".join(text for text in texts if text)
 
 
 def main(argv: list[str] | None = None) -> int:
