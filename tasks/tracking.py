@@ -723,6 +723,20 @@ _COLUMNS = {
     **{f"params.`{name}`": 110 for name in ("seed", "ppo.kl_coef", "ppo.learning_rate", "ppo.updates")},
     "metrics.`all/score_win_rate`": 110,
 }
+# The page of charts begins with it. MLflow's page "Compare" has the same switch, and no way to set it.
+_DIFFERS = {
+    "type": "DIFFERENCE",
+    "uuid": "differs",
+    "chartName": "Parameters and figures that differ",
+    "compareGroups": ["Parameters", "Model metrics"],
+    "showDifferencesOnly": True,
+    "showChangeFromBaseline": False,
+    "baselineColumnUuid": "",
+    "runsCountToCompare": 10,
+    "metricSectionId": "differs",
+    "deleted": False,
+    "isGenerated": False,
+}
 _LAYOUT = {
     "mlflow.experimentKind": "custom_model_development",
     NOTE: "One run a pipeline; its stages are the runs below it. `all/...`: what came out of it, on held-out prompts.",
@@ -738,6 +752,12 @@ _LAYOUT = {
                     "columnWidths": _COLUMNS,
                     "orderByKey": "attributes.start_time",
                     "orderByAsc": False,
+                    "compareRunSections": [
+                        {"uuid": "differs", "name": "What differs", "display": True, "columns": 1, "cardHeight": 500},
+                        {"uuid": "all", "name": "all", "display": True},
+                    ],
+                    "compareRunCharts": [_DIFFERS],
+                    "isAccordionReordered": True,  # else MLflow puts its own sections first
                 }
             ),
         }
