@@ -4,7 +4,7 @@ BIN := .venv/bin
 # so that `python` and `dvc` in dvc.yaml's commands are those of .venv
 IN_VENV := PYTHONUTF8=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help run test check format ui serve stack-local promote rollback replay compare chat arena label bench clean
+.PHONY: help run test check format ui serve stack-local promote rollback replay runs compare chat arena label bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
@@ -44,6 +44,9 @@ rollback: .venv/installed  ## REASON="...": back to the champion before
 
 replay: .venv/installed  ## VERSION=policy/3 [ONLY=ppo]: make it again, and compare to the bit
 	@$(IN_VENV) exec $(BIN)/python -m flows.replay "$(VERSION)" $(if $(ONLY),--only $(ONLY))
+
+runs: .venv/installed  ## N=20: what each run changed, and what came of it
+	@$(IN_VENV) exec $(BIN)/python -m flows.runs $(if $(N),--last $(N)) $(ARGS)
 
 compare: .venv/installed  ## A=policy/3 [B=HEAD]: two runs side by side; versions, commits or MLflow runs
 	@$(IN_VENV) exec $(BIN)/python -m flows.compare $(A) $(B)

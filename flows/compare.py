@@ -8,7 +8,6 @@ is more than chance, and the answers that differ most.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -21,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from ruamel.yaml import YAML
 
 from flows.workspace import git
 from tasks.ancestry import Store
-from tasks.datasets import SideBySide, flat, read_rows
-from tasks.stage import UserError
+from tasks.datasets import SideBySide, flat, read_figures, read_rows
+from tasks.stage import UserError, parse_yaml
 from tasks.tracking import OWN, connect, masked, tracking_uri
 
 if TYPE_CHECKING:
@@ -88,16 +86,16 @@ def from_files(name: str, read: Callable[[str], str], reports: list[str], reposi
     """From what git keeps. read: the text of a path, "" where there is none."""
     figures: dict[str, float] = {}
     for path in reports:
-        report = json.loads(read(path))
+        report = read_figures(read(path))
         figures |= _figures({"eval": report} if path.startswith("data/reports/evaluation/") else report)
     if not figures:
         raise UserError(f"{name} has no reports in data/reports: nothing was run there, or it was not committed.")
-    lock = YAML(typ="safe").load(read("dvc.lock")) or {}
+    lock = parse_yaml(read("dvc.lock"), "dvc.lock") or {}
     outs = [out for stage in lock.get("stages", {}).values() for out in stage.get("outs", [])]
     hashes = {out["path"]: out["md5"] for out in outs if out["path"] in (SAMPLES, REWARD_MODEL)}
     return Side(
         name,
-        {key: str(value) for key, value in flat(YAML(typ="safe").load(read("params.yaml"))).items()},
+        {key: str(value) for key, value in flat(parse_yaml(read("params.yaml"), "params.yaml")).items()},
         figures,
         _samples(hashes.get(SAMPLES, ""), repository),
         hashes.get(REWARD_MODEL, ""),

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.dvc_stage import Outcome
+from tasks.datasets import read_figures
 from tasks.labels.whose import whose_labels
 from tasks.lineage import StageSpec, git_state, locked_outs
 from tasks.registry import champion
@@ -105,7 +106,7 @@ def figure_of(spec: StageSpec, root: Path = Path()) -> str:
     `gold.gain or score.gain`: the first that there is.
     """
     files = [root / out for out in spec.outs if out.endswith(".json")]
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    reports = [read_figures(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     for key in spec.meta.get("figure", "").split(" or "):
         for report in reports:
             value = _at(report, key.split("."))
@@ -172,7 +173,7 @@ def verdict_of(report: Report) -> dict[str, Any] | None:
 
 def evaluation() -> str:
     """The main figures with their intervals, and some prompts answered by each model, as Markdown."""
-    figures = json.loads(METRICS.read_text(encoding="utf-8"))
+    figures = read_figures(METRICS.read_text(encoding="utf-8"))
     same = _at(figures, ["overoptimisation", "kept_update"]) == 0
     rows = ["| | base | SFT | policy | gain of the policy |", "|---|---|---|---|---|"]
     for name in ("gold", "score", "fluency"):
@@ -190,7 +191,7 @@ def evaluation() -> str:
         more = {}
         rows += ["", "PPO kept update 0: the policy is the SFT model."]
     if all(file.exists() for file in LABELS.values()):
-        labels = whose_labels({stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in LABELS.items()})
+        labels = whose_labels({stage: read_figures(file.read_text(encoding="utf-8")) for stage, file in LABELS.items()})
         rows += ["", f"Labels: {labels}."]
     rows += ["", *(f"- {told}: {_interval(figures, key)}" for told, key in more.items() if key in figures), ""]
     samples = [json.loads(line) for line in SAMPLES.read_text(encoding="utf-8").splitlines()[:SHOWN]]

@@ -29,14 +29,14 @@ from flows.leftovers import mend_leftovers
 from flows.quick import quick_folder, thin_out
 from flows.report import TOLD, Report, pipeline_record, print_report, publish, quoted
 from flows.server import prefect_server
-from tasks.lineage import StageSpec, load_stages, upstream
+from tasks.lineage import StageSpec, load_stages, read_lock, run_name, upstream
 from tasks.params import load_params
 from tasks.run import WAITS as EXIT_WAITS
 from tasks.stage import UserError
 from tasks.tracking import masked
 
 
-@flow(name="rlhf", task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
+@flow(name="rlhf", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
 def rlhf(targets: list[str] | None = None, pull: bool = False) -> State[Report]:
     """Bring every stage of dvc.yaml up to date, or `targets` and what they need.
 
@@ -169,6 +169,7 @@ def _parse(argv: list[str] | None) -> tuple[list[str] | None, bool, bool]:
     except FileNotFoundError:
         raise UserError("no dvc.yaml here; run from the repository's root.") from None
     needed(known, wanted)
+    read_lock()
     if Path("params.yaml").exists():
         load_params(Path("params.yaml"))  # a wrong key is told now, not when the stage that reads it has its turn
     return wanted or None, arguments.waits_ok, arguments.quick

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
@@ -29,7 +31,6 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.variables import Variable
 from pydantic import Field
 from rich.console import Console
-from ruamel.yaml import YAML
 
 from flows import prune as pruning
 from flows import replay as replaying
@@ -39,11 +40,11 @@ from flows.report import Report
 from flows.rlhf import needed, rlhf
 from flows.waiting import Waiting, answers, jobs_of, may_suspend, resumed, suspend, waits_already
 from flows.workspace import BRANCHES, Workspace, name_of, open_workspace
-from tasks.datasets import flat
+from tasks.datasets import flat, read_figures
 from tasks.labels.queue import LABELS
-from tasks.lineage import load_stages, upstream
+from tasks.lineage import load_stages, run_name, upstream
 from tasks.run import end_with_parent
-from tasks.stage import UserError
+from tasks.stage import UserError, read_yaml
 from tasks.verdict import CHAMPION_NOW, NOT_REGISTERED, PROMOTED
 from tasks.verdict import WAITS as WAITS_FOR_APPROVAL
 
@@ -99,6 +100,7 @@ def pipeline(
             with workspace.entered():
                 waited = resumed(workspace)
                 workspace.set_params((params or {}) | (answers(waited) if waited else {}))
+                name_this_run(run_name())
                 needed(load_stages(), [*elsewhere, *(targets or ())])
         except UserError as error:
             notify(notification, f"The pipeline cannot start: {error}", {})
@@ -121,6 +123,12 @@ def pipeline(
     if state.name == WAITS:  # the workspace is free by now for whoever resumes this run
         return wait_for_people(workspace, state, result, waited, label_days, notification)
     return Completed(message=f"branch {workspace.branch}", data=result)
+
+
+def name_this_run(name: str) -> None:
+    """On Prefect's page, once it is known in the workspace what the run changes."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.get_id()), name=name)
 
 
 def wait_for_people(
@@ -168,7 +176,7 @@ def tell_news(notification: str | None, workspace: Workspace, news: str, facts: 
 
 def run_stages(workspace: Workspace, targets: list[str] | None, elsewhere: Mapping[str, str]) -> State[Any]:
     """Everything, or `targets` and what they need; with as many of people's labels as there are."""
-    params = flat(YAML(typ="safe").load(Path("params.yaml")) or {})
+    params = flat(read_yaml(Path("params.yaml")) or {})
     if any(params.get(f"{job}.labeler") == "human" and params.get(f"{job}.human.fill_in") for job in LABELS):
         workspace.take_labels()  # nobody will wait for them
     for stage in needed(load_stages(), targets):
@@ -233,7 +241,7 @@ def finish(workspace: Workspace, state: State[Any]) -> dict[str, Any]:
         workspace.publish()
     figures: dict[str, Any] = {}
     for file in sorted(Path("data/reports").glob("*/metrics.json")):
-        figures |= flat(json.loads(file.read_text(encoding="utf-8")))
+        figures |= flat(read_figures(file.read_text(encoding="utf-8")))
     return {"run": workspace.id, "branch": workspace.branch, "commit": commit, "figures": figures}
 
 
@@ -288,7 +296,7 @@ def ask_for_approval(number: str, hours: float, workspace: Workspace) -> str:
     return PROMOTED
 
 
-@flow(name="sweep")
+@flow(name="sweep", flow_run_name="{grid}")
 def sweep(
     grid: dict[str, list[Any]],
     samples: int | None = None,
@@ -332,7 +340,7 @@ def points(grid: Mapping[str, list[Any]], samples: int | None, seed: int) -> lis
     return every if samples is None else random.Random(seed).sample(every, min(samples, len(every)))
 
 
-@flow(name="replay")
+@flow(name="replay", flow_run_name="{version}")
 def replay(version: str, only: str | None = None) -> State[None]:
     """Make a registered policy again and compare it with what was recorded (flows/replay.py)."""
     console = Console(record=True, width=160, highlight=False)
@@ -344,7 +352,7 @@ def replay(version: str, only: str | None = None) -> State[None]:
     return Failed(message=f"not the same: {', '.join(differ)}") if differ else Completed(message="the same to the bit")
 
 
-@flow(name="prune")
+@flow(name="prune", flow_run_name="older than {keep_days:g} days")
 def prune(keep_days: float = 7.0, keep_branches: int = 50, gc: bool = False) -> State[None]:
     """Remove workspaces and run branches that are old, but for what registered versions need (flows/prune.py).
 

@@ -28,11 +28,15 @@ from flows.server import PAGES_PORT, STARTUP_SECONDS, leashed
 from flows.watch import Watcher
 from tasks.labels.queue import page_address
 from tasks.stage import UserError
-from tasks.tracking import masked, tracking_uri
+from tasks.tracking import EXPERIMENT, masked, runs_url, tracking_uri
 
 MLFLOW_PORT = 5000  # tasks/tracking.py prints links to it
 # without job execution MLflow takes 2 processes and 0.5 GB, with it 10 and 2.5
-QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+QUIET = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             for server in (mlflow, prefect):
                 up.wait_for(server)
                 print(f"{server.name:<8} {server.address}", flush=True)
+            if address := list_of_runs(mlflow):
+                print(f"runs     {address}", flush=True)
             if arguments.pages:
                 print(f"Ctrl-C stops both. To see a run live: PREFECT_API_URL={api} make run", flush=True)
                 return up.wait()
@@ -159,6 +165,16 @@ def servers(mlflow_port: int, prefect_port: int) -> tuple[Child, Child]:
         else Child("MLflow", mlflow, address, "/health", {"MLFLOW_BACKEND_STORE_URI": store}),
         Child("Prefect", prefect, f"http://127.0.0.1:{prefect_port}", "/api/health"),
     )
+
+
+def list_of_runs(mlflow: Child) -> str:
+    """The address of MLflow's list of runs; "" before the first run, or where MLflow asks for a login."""
+    api = tracking_uri() if tracking_uri().startswith("http") else mlflow.address
+    asked = f"{api}/api/2.0/mlflow/experiments/get-by-name"
+    answer = httpx.get(asked, params={"experiment_name": EXPERIMENT}, timeout=10)
+    if not answer.is_success:
+        return ""
+    return runs_url(f"{mlflow.address}/#/experiments/{answer.json()['experiment']['experiment_id']}/runs/")
 
 
 def worker(environment: dict[str, str]) -> Child:

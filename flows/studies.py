@@ -44,7 +44,7 @@ OF_LABELS = tuple(
 )
 
 
-@flow(name="variance")
+@flow(name="variance", flow_run_name="seeds {seeds}")
 def variance(
     seeds: list[int] = [1, 2, 3],  # noqa: B006  # Prefect shows it as the default; nothing changes it
     params: dict[str, Any] | None = None,
@@ -93,7 +93,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "standard_deviation": deviation, "low": mean - half, "high": mean + half, "seeds": count}
 
 
-@flow(name="data-efficiency")
+@flow(name="data-efficiency", flow_run_name="shares {shares}")
 def data_efficiency(
     shares: list[float] = [0.125, 0.25, 0.5, 1.0],  # noqa: B006  # as above
     params: dict[str, Any] | None = None,

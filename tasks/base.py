@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.datasets import write_json
+from tasks.datasets import write_figures
 from tasks.models import context_of, prepare_tokenizer, save_model, split_model, tokenizer_fingerprint
 from tasks.stage import Stage, UserError
 
@@ -37,7 +37,7 @@ def run(stage: Stage) -> None:
     }
     stage.tracker.metrics({f"base/{name}": value for name, value in figures.items()})
     report = {**figures, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    write_json(stage.out("data/reports/base/metrics.json"), {"base": report})
+    write_figures(stage.out("data/reports/base/metrics.json"), {"base": report}, ["base.parameters"])
 
 
 def fetch(params: Base) -> tuple[Any, Any]:

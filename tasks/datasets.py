@@ -207,6 +207,39 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_figures(path: Path, figures: Mapping[str, Any], shown: Sequence[str], intervals: Sequence[str] = ()) -> None:
+    """A stage's report: all figures for programs, and on top those of them that DVC shows to people.
+
+    shown, intervals: dotted names; of those in `intervals` DVC shows the interval too. DVC makes a column of every
+    number in a metrics file but for those in a list, so all figures stand in one. In a file that is no metric they
+    would keep the stage out of DVC's run cache.
+    """
+    known = {name: value for name, value in flat(figures).items() if value is not None}
+    on_top = {name: rounded(known[name]) for name in shown if name in known}
+    on_top |= {name: format_interval(known, name) for name in intervals if name in known}
+    write_json(path, {**on_top, "figures": [figures]})
+
+
+def read_figures(text: str) -> dict[str, Any]:
+    """All figures of a report. One of an older commit holds nothing else."""
+    report: dict[str, Any] = json.loads(text)
+    figures: dict[str, Any] = report["figures"][0] if "figures" in report else report
+    return figures
+
+
+def rounded(value: Any) -> Any:
+    """A float as people read it."""
+    return float(f"{value:.4g}") if isinstance(value, float) and not value.is_integer() else value
+
+
+def format_interval(figures: Mapping[str, Any], name: str) -> Any:
+    """`0.202 [0.163, 0.24]`; the figure alone where `figures` has no interval of it."""
+    value, low, high = (figures.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if low is None or high is None:
+        return rounded(value)
+    return f"{value:.3g} [{low:.3g}, {high:.3g}]"
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write a table for `dvc plots`; a cell that a row lacks is empty; the parent folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from tasks.datasets import (
     prompt_id,
     read_rows,
     stable_share,
-    write_json,
+    write_figures,
     write_rows,
 )
 from tasks.demands import demonstrations_by_people, recorded_demonstrations, require, simulated_demonstrations
@@ -64,9 +64,10 @@ def run(stage: Stage) -> None:
     }
     by_labeler = Counter(row.labeler for row in demonstrations)
     by_flaw = Counter(flaw for found in flaws.values() for flaw in found)
-    write_json(
+    write_figures(
         stage.out("data/reports/demonstrate/metrics.json"),
         {"demonstrate": {**figures, "by_labeler": by_labeler, "by_flaw": by_flaw, "people": people}},
+        ["demonstrate.count"],
     )
     stage.tracker.metrics({f"demonstrate/{name}": value for name, value in figures.items() if value is not None})
     stage.tracker.table(

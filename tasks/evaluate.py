@@ -9,7 +9,6 @@ for every model (Efron and Tibshirani 1993, chapter 13).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -29,9 +28,10 @@ from tasks.datasets import (
     SideBySide,
     Ticket,
     flat,
+    read_figures,
     read_rows,
     write_csv,
-    write_json,
+    write_figures,
     write_rows,
 )
 from tasks.intervals import length_thirds, measured, resamples, versus, wins, with_interval
@@ -41,6 +41,8 @@ from tasks.panel import Panel
 from tasks.stage import Stage
 
 MODELS = ("base", "sft", "policy")
+SHOWN = ("gold.policy", "kl", "length.policy")  # by DVC
+INTERVALS = ("gold.gain", "win_rate", "score.gain", "score_win_rate")
 
 
 class Answers(NamedTuple):
@@ -79,7 +81,7 @@ def run(stage: Stage) -> None:
     answers = {name: judge(given[name], tickets) for name in MODELS}
 
     figures = summarize(answers, params.seed, times)
-    kept = json.loads(stage.dep("data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]["kept_update"]
+    kept = read_figures(stage.dep("data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]["kept_update"]
     curve, turn = over_optimisation(
         on_the_way, under_base, several, tickets, params.baseline.best_of, times, params.seed
     )
@@ -95,7 +97,7 @@ def run(stage: Stage) -> None:
         by_slice(answers, slices, params.seed, times),
     )
     write_csv(stage.out("data/reports/evaluation/overoptimisation.csv"), curve)
-    write_json(stage.out("data/reports/evaluation/metrics.json"), figures)
+    write_figures(stage.out("data/reports/evaluation/metrics.json"), figures, SHOWN, INTERVALS)
     write_rows(stage.out("data/reports/evaluation/samples.jsonl"), rows)
     stage.tracker.metrics({f"eval/{name}": value for name, value in flat(figures).items()})
     # MLflow shows the sections of its charts by the alphabet: these come first

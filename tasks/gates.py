@@ -136,6 +136,13 @@ def judged(report: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def in_short(judged: Iterable[Gate]) -> str:
+    """`passed`, or which are not: `failed: kl; open: win_rate_low`."""
+    gates = list(judged)
+    named = {"failed": [gate.name for gate in gates if gate.failed], "open": [gate.name for gate in gates if gate.open]}
+    return "; ".join(f"{word}: {', '.join(names)}" for word, names in named.items() if names) or "passed"
+
+
 def with_ratios(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report with what the limits need beside its own figures: the policy relative to the SFT model."""
     found = judged(report)

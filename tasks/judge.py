@@ -8,7 +8,6 @@ where it is the same in both: language models favour a position (Zheng et al. 20
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from tasks.conversations import text_of
-from tasks.datasets import Ranking, SideBySide, Verdict, flat, read_rows, stable_share, write_json, write_rows
+from tasks.datasets import (
+    Ranking,
+    SideBySide,
+    Verdict,
+    flat,
+    read_figures,
+    read_rows,
+    stable_share,
+    write_figures,
+    write_rows,
+)
 from tasks.endpoint import Endpoint
 from tasks.intervals import RESAMPLES, resamples, versus, with_interval_by_group
 from tasks.stage import Stage
@@ -64,8 +73,9 @@ def run(stage: Stage) -> None:
     settings = params.judge
     rankings = read_rows(stage.dep("data/collected/rankings") / "rankings.jsonl", Ranking)
     samples = read_rows(stage.dep("data/reports/evaluation/samples.jsonl"), SideBySide)
-    ranked = json.loads(stage.dep("data/reports/rank/metrics.json").read_text(encoding="utf-8"))
-    ceiling = ranked["rank"]["noise_ceiling"]
+    ceiling = read_figures(stage.dep("data/reports/rank/metrics.json").read_text(encoding="utf-8"))["rank"][
+        "noise_ceiling"
+    ]
 
     verdicts: list[Verdict] = []
     figures: dict[str, Any] = {"used": 0}
@@ -81,7 +91,12 @@ def run(stage: Stage) -> None:
     figures |= {"prompt_version": PROMPT_VERSION, **counts(verdicts)}
 
     write_rows(stage.out("data/collected/judgements/verdicts.jsonl"), verdicts)
-    write_json(stage.out("data/reports/judge/metrics.json"), {"judge": figures})
+    write_figures(
+        stage.out("data/reports/judge/metrics.json"),
+        {"judge": figures},
+        ["judge.used"],
+        intervals=["judge.agreement", "judge.versus.sft.win_rate"],
+    )
     log(stage, figures)
     stage.tracker.tags({"judge.prompt_version": PROMPT_VERSION})
     of_each_kind = [[row for row in verdicts if row.kind == kind][:20] for kind in ("labelled", *RIVALS)]

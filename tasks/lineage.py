@@ -15,16 +15,20 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from graphlib import TopologicalSorter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from tasks.datasets import flat
+from tasks.stage import MergeConflictError, UserError, read_yaml
 
-from tasks.stage import UserError
+NAMED = 2  # changed parameters in the name of a run; the rest are counted
+LONGEST_VALUE = 24  # characters
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def _paths(entries: list[Any]) -> tuple[str, ...]:
 
 def load_stages(root: Path = Path()) -> dict[str, StageSpec]:
     """The stages of dvc.yaml in an order in which they can run."""
-    declared = YAML(typ="safe").load(root / "dvc.yaml")["stages"]
+    declared = read_yaml(root / "dvc.yaml")["stages"]
     specs = {
         name: StageSpec(
             name=name,
@@ -85,16 +89,70 @@ def upstream(specs: dict[str, StageSpec]) -> dict[str, set[str]]:
 
 def locked_outs(stage: str, root: Path = Path()) -> dict[str, str]:
     """{path: DVC hash} of what the stage last wrote, from dvc.lock; empty when it never ran to its end."""
+    return {out["path"]: out["md5"] for out in read_lock(root).get(stage, {}).get("outs", [])}
+
+
+def read_lock(root: Path = Path()) -> dict[str, Any]:
+    """dvc.lock's stages. UserError where the file cannot be used."""
     lock = root / "dvc.lock"
     for attempt in range(10):  # DVC writes the file in place: a reader beside it may find it empty or cut off
         if not lock.exists():
             return {}
         try:
-            entry = YAML(typ="safe").load(lock)["stages"].get(stage, {})
-            return {out["path"]: out["md5"] for out in entry.get("outs", [])}
-        except (YAMLError, TypeError, KeyError):
+            return dict(read_yaml(lock)["stages"])
+        except MergeConflictError:
+            raise
+        except (UserError, FileNotFoundError, TypeError, KeyError):
             time.sleep(0.05 * (attempt + 1))
     raise UserError(f"{lock} is damaged. Restore it with `git checkout {lock}`, or remove it and run again.")
+
+
+def run_name(root: Path = Path()) -> str:
+    """What a person knows a run by: the parameters that are not as in the last run, `kl_coef 0.02 → 0.1`; where all
+    are, the subject of the commit."""
+    named = describe_changes(changed_params(root), NAMED)
+    return named or _commit_subject(root) or f"run of {datetime.now():%Y-%m-%d %H:%M}"
+
+
+def changed_params(root: Path = Path()) -> dict[str, tuple[Any, Any]]:
+    """What stands otherwise in params.yaml than a stage of dvc.lock had it. Of params.yaml and dvc.lock that cannot be
+    read, other code tells."""
+    try:
+        now = flat(read_yaml(root / "params.yaml") or {})
+        stages = read_lock(root).values()
+    except (UserError, OSError):
+        return {}
+    before: dict[str, Any] = {}
+    for stage in stages:
+        locked = flat(stage.get("params", {}).get("params.yaml", {}))
+        before = locked | {key: value for key, value in before.items() if value != now.get(key)}
+    return differing(before, now)
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{"kl_coef": (before, now)} of the parameters that both have with another value, in the order of `now`.
+
+    A name that several sections have is given in full: `sft.learning_rate`.
+    """
+    last = Counter(key.rpartition(".")[2] for key in now)
+    return {
+        name if last[name := key.rpartition(".")[2]] == 1 else key: (before[key], value)
+        for key, value in now.items()
+        if key in before and before[key] != value
+    }
+
+
+def describe_changes(changed: Mapping[str, tuple[Any, Any]], most: int | None = None) -> str:
+    """`kl_coef 0.02 → 0.1, updates 8 → 12, +3`. most: how many are named."""
+    told = [f"{name} {_short(before)} → {_short(now)}" for name, (before, now) in changed.items()]
+    rest = len(told) - (most or len(told))
+    return ", ".join([*told[:most], *([f"+{rest}"] if rest > 0 else [])])
+
+
+def _short(value: Any) -> str:
+    """A list, say, is too long to be read in a name."""
+    text = "null" if value is None else str(value)
+    return text if len(text) <= LONGEST_VALUE else "…"
 
 
 def hash_path(path: Path) -> str:
@@ -144,15 +202,22 @@ def _cpu() -> str:
 
 def git_state(root: Path = Path()) -> tuple[str, bool]:
     """(commit, whether tracked files differ from it); ("none", True) where there is no repository or no commit yet."""
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=root, capture_output=True, encoding="utf-8", check=True)
-        return done.stdout.strip()
-
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        return _git(root, "rev-parse", "HEAD"), bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     except (subprocess.CalledProcessError, FileNotFoundError):
         return "none", True
+
+
+def _commit_subject(root: Path = Path()) -> str:
+    """The first line of the commit's message; "" where there is no commit yet."""
+    try:
+        return _git(root, "log", "-1", "--format=%s")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return ""
+
+
+def _git(root: Path, *args: str) -> str:
+    return subprocess.run(["git", *args], cwd=root, capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
 
 if __name__ == "__main__":

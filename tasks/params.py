@@ -28,11 +28,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from tasks.ppo.params import PPOParams, describe_type, has_type
-from tasks.stage import UserError
+from tasks.stage import UserError, read_yaml
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -372,11 +370,9 @@ class Params(Section):
 def load_params(path: Path) -> Params:
     """Read and check params.yaml; UserError names each wrong key."""
     try:
-        raw = YAML(typ="safe").load(path)
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root.") from None
-    except YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `ppo:`, and holds {type(raw).__name__}.")
     # the trainer's parameters have defaults for those who use it alone; here the file says everything

@@ -27,7 +27,7 @@ from tasks.datasets import (
     Vote,
     read_rows,
     stable_share,
-    write_json,
+    write_figures,
     write_rows,
 )
 from tasks.demands import held_out_rankings, recorded_rankings, require, simulated_rankings
@@ -83,7 +83,11 @@ def run(stage: Stage) -> None:
         "held_out_labelers_rankings": len(apart),
         **figures,
     }
-    write_json(stage.out("data/reports/rank/metrics.json"), {"rank": metrics | {"people": told_of_people(agreed)}})
+    write_figures(
+        stage.out("data/reports/rank/metrics.json"),
+        {"rank": metrics | {"people": told_of_people(agreed)}},
+        ["rank.rankings", "rank.noise_ceiling"],
+    )
     text = page(agreed, figures) if agreed else nobody(params.rank.labeler)
     stage.out("data/reports/rank/agreement.md").write_text(text, encoding="utf-8")
     stage.tracker.metrics({f"rank/{name}": float(value) for name, value in metrics.items() if value is not None})

@@ -11,7 +11,6 @@ came of it. With `register.enabled: false` the registry is read and not written.
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import gates, registry
-from tasks.datasets import SideBySide, read_rows, write_json
+from tasks.datasets import SideBySide, read_figures, read_rows, write_json
 from tasks.labels.whose import whose_labels
 from tasks.lineage import hash_path
 from tasks.stage import Stage, UserError
@@ -45,7 +44,8 @@ REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", 
 def run(stage: Stage) -> None:
     folders = {name: stage.dep(f"data/models/{name}") for name in MODELS}
     reports = {
-        name: json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text(encoding="utf-8")) for name in REPORTS
+        name: read_figures(stage.dep(f"data/reports/{name}/metrics.json").read_text(encoding="utf-8"))
+        for name in REPORTS
     }
     hashes = {name: hash_path(folder) for name, folder in folders.items()}
     samples = stage.dep("data/reports/evaluation/samples.jsonl")
@@ -104,6 +104,7 @@ def run(stage: Stage) -> None:
         print(f"gate {gate}")
     print(f"{standing.policy or 'policy'}: {outcome}")
     stage.tracker.metrics({f"gate/{gate.name}": float(gate.passed) for gate in judged if not gate.open})
+    stage.tracker.tags({"gates": gates.in_short(judged), "policy": standing.policy})
     numbers = {name: value for name, value in duel.items() if not isinstance(value, str)}
     stage.tracker.metrics({f"champion/{name}": value for name, value in numbers.items()})
     stage.tracker.note(f"{in_markdown(told)}\n\n{happened}")

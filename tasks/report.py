@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from tasks import figures, gates
-from tasks.datasets import SideBySide, read_rows
+from tasks.datasets import SideBySide, read_figures, read_rows
 from tasks.labels.whose import whose_labels
 from tasks.lineage import hash_path
 from tasks.stage import Stage
@@ -32,7 +32,7 @@ SHOWN = 20
 def run(stage: Stage) -> None:
     names = ("prepare", "demonstrate", "sft", "sample", "rank", "reward", "ppo", "evaluation", "judge")
     reports = {
-        name: json.loads(stage.dep(f"data/reports/{name}/metrics.json").read_text(encoding="utf-8")) for name in names
+        name: read_figures(stage.dep(f"data/reports/{name}/metrics.json").read_text(encoding="utf-8")) for name in names
     }
     tables = {
         **{name: table(stage.dep(f"data/reports/evaluation/{name}.csv")) for name in ("slices", "overoptimisation")},

@@ -9,7 +9,6 @@ A run that was killed goes on from its last checkpoint; the trunk's states are c
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +27,7 @@ from tasks.checkpoints import (
     restore_rng,
     rng_state,
 )
-from tasks.datasets import Demonstration, Ranking, read_rows, stable_share, write_csv, write_json
+from tasks.datasets import Demonstration, Ranking, read_figures, read_rows, stable_share, write_csv, write_figures
 from tasks.demands import rankings_with_an_order, require
 from tasks.models import (
     Packed,
@@ -61,8 +60,9 @@ def run(stage: Stage) -> None:
     collected = stage.dep("data/collected/demonstrations")
     require_same_tokenizer(collected, folder)
     demonstrations = read_rows(collected / "demonstrations.jsonl", Demonstration)
-    ranked = json.loads(stage.dep("data/reports/rank/metrics.json").read_text(encoding="utf-8"))
-    ceiling = ranked["rank"]["noise_ceiling"]
+    ceiling = read_figures(stage.dep("data/reports/rank/metrics.json").read_text(encoding="utf-8"))["rank"][
+        "noise_ceiling"
+    ]
     training = [row for row in rankings if not row.held_out and has_order(row)]
     training = [row for row in training if stable_share(stage.params.seed, "labels", row.id) < params.label_share]
     held_out = [row for row in rankings if row.held_out and has_order(row)]
@@ -107,7 +107,12 @@ def run(stage: Stage) -> None:
         [{"source": source, "score": score} for source, scores in by_source.items() for score in scores.tolist()],
     )
     stage.tracker.metrics({f"reward/{name}": value for name, value in figures.items() if value is not None})
-    write_json(stage.out("data/reports/reward/metrics.json"), {"reward": figures})
+    write_figures(
+        stage.out("data/reports/reward/metrics.json"),
+        {"reward": figures},
+        ["reward.calibration_error"],
+        intervals=["reward.accuracy"],
+    )
 
 
 def kwise_loss(scores: Tensor, ranks: Tensor) -> Tensor:

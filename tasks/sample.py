@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tasks.conversations import text_of
-from tasks.datasets import Prompt, Samples, read_rows, write_json, write_rows
+from tasks.datasets import Prompt, Samples, read_rows, write_figures, write_rows
 from tasks.demands import prompts_of_split, require
 from tasks.models import (
     decode_response,
@@ -52,7 +52,7 @@ def run(stage: Stage) -> None:
     stage.tracker.table(
         "samples", [{"prompt": text_of(row.prompt), "response": row.responses[0]} for row in samples[:20]]
     )
-    write_json(stage.out("data/reports/sample/metrics.json"), {"sample": figures})
+    write_figures(stage.out("data/reports/sample/metrics.json"), {"sample": figures}, ["sample.ended_share"])
 
 
 def chosen_prompts(path: Path, count: int) -> list[Prompt]:

@@ -24,7 +24,7 @@ from tasks.checkpoints import (
     restore_rng,
     rng_state,
 )
-from tasks.datasets import Demonstration, read_rows, write_csv, write_json
+from tasks.datasets import Demonstration, read_rows, write_csv, write_figures, write_json
 from tasks.demands import require, validation_sides
 from tasks.models import (
     encode_prompt,
@@ -70,7 +70,7 @@ def run(stage: Stage) -> None:
         "train_demonstrations": len(training),
         "validation_demonstrations": len(validation),
     }
-    write_json(stage.out("data/reports/sft/metrics.json"), {"sft": report})
+    write_figures(stage.out("data/reports/sft/metrics.json"), {"sft": report}, ["sft.validation_loss"])
 
 
 def split_for_validation(

@@ -8,7 +8,10 @@ import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 if TYPE_CHECKING:
     from tasks.checkpoints import Checkpoints
@@ -23,6 +26,10 @@ LABELS = "data/labels/"  # people add to these files at any time
 
 class UserError(Exception):
     """Something that the user can mend. The message says what was wrong, where and what to do; no traceback follows."""
+
+
+class MergeConflictError(UserError):
+    """git could not merge a file and has left both sides in it."""
 
 
 class WaitsForPeopleError(UserError):
@@ -145,3 +152,24 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_yaml(path: Path) -> Any:
+    return parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """What a YAML file called `name` holds; UserError says in which line it holds something else."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.startswith(("<<<<<<< ", ">>>>>>> ")):
+            raise MergeConflictError(
+                f"{name}, line {number}: git could not merge this file and left both sides in it. Keep one of them: "
+                f"edit it, or `git checkout --ours {name}` (or --theirs), then `git add {name}`, and run again."
+            )
+    try:
+        return YAML(typ="safe").load(text)
+    except YAMLError as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{name}{where}: not valid YAML ({problem}).") from None

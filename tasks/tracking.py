@@ -31,8 +31,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.datasets import flat
-from tasks.lineage import StageSpec, environment, git_state, hash_path
+from tasks.datasets import flat, rounded
+from tasks.lineage import StageSpec, environment, git_state, hash_path, run_name
 from tasks.stage import UserError, WaitsForPeopleError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ SAMPLE_SECONDS = 10.0
 LAST_CHANCE_SECONDS = 20.0  # what the end of a stage waits for the server, at most
 KILLED_SECONDS = 1.0  # the same when the stage is being stopped
 OWN = ("time/", "system/")  # metrics of one process, which say nothing of its pipeline
+SHARED = ("gates", "policy")  # tags of a stage that its pipeline has too: columns of the list of runs
 GIVE_UP_SECONDS = 60.0  # after a failure the flow does not ask again for so long
 
 Event = dict[str, Any]
@@ -101,8 +102,9 @@ class Tracker:
             mirror.finish(KILLED_SECONDS if status == "KILLED" else LAST_CHANCE_SECONDS)
 
     def metrics(self, values: dict[str, float], step: int | None = None) -> None:
-        """Figures, or one point of each curve when `step` says where it stands."""
-        self._record({"kind": "metrics", "values": {key: float(v) for key, v in values.items()}, "step": step or 0})
+        """Figures, rounded as people read them, or one point of each curve when `step` says where it stands."""
+        points = {key: float(value if step is not None else rounded(value)) for key, value in values.items()}
+        self._record({"kind": "metrics", "values": points, "step": step or 0})
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Rows to look at, such as samples side by side. The same name again replaces the table."""
@@ -375,6 +377,7 @@ def _start_event(journal_id: str, spec: StageSpec, params: Params) -> Event:
         "tags": tags,
         "params": {key: masked(value) for key, value in flat_params(params, spec.params).items()},
         "pipeline_time": pipeline_time,
+        "pipeline_name": run_name(),
         "flow": flow,
     }
 
@@ -578,7 +581,9 @@ class Sender:
         tags = start["tags"]
         with _machine_lock():
             found = _runs(self._client, experiment, {"rlhf.journal": tags["rlhf.journal"]})
-            parent = _pipeline_run(self._client, experiment, tags["pipeline.id"], start["pipeline_time"])
+            parent = _pipeline_run(
+                self._client, experiment, tags["pipeline.id"], start["pipeline_time"], start.get("pipeline_name", "")
+            )
             if found:
                 self.run_id = found[0]
             else:
@@ -610,7 +615,10 @@ class Sender:
     def _log_tags(self, event: Event) -> None:
         from mlflow.entities import RunTag
 
-        self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in event["tags"].items()])
+        tags = [RunTag(key, value) for key, value in event["tags"].items()]
+        self._client.log_batch(self.run_id, tags=tags)
+        if shared := [tag for tag in tags if tag.key in SHARED]:
+            self._client.log_batch(self._parent, tags=shared)
 
     def _log_datasets(self, event: Event) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -682,8 +690,9 @@ def _log_again(client: MlflowClient, made: str, pipeline: str) -> None:
     _log_params(client, pipeline, run.data.params)
     curves = [client.get_metric_history(made, key) for key in run.data.metrics if not key.startswith(OWN)]
     _log_metrics(client, pipeline, [point for curve in curves for point in curve])
-    if note := run.data.tags.get(NOTE):
-        client.set_tag(pipeline, NOTE, note)
+    for key in (NOTE, *SHARED):
+        if key in run.data.tags:
+            client.set_tag(pipeline, key, run.data.tags[key])
 
 
 def _experiment(client: MlflowClient) -> str:
@@ -709,11 +718,32 @@ def experiments(client: MlflowClient) -> list[str]:
     return [str(experiment.experiment_id) for experiment in found if experiment is not None]
 
 
-# What MLflow's page of the experiment opens with. The view is as its own button "Save as new view" writes it.
-_COLUMNS = [
-    *(f"metrics.`all/{name}`" for name in ("gold", "win_rate", "score", "score_win_rate", "kl")),
-    *(f"params.`{name}`" for name in ("seed", "ppo.kl_coef", "ppo.learning_rate", "ppo.updates")),
-]
+# What MLflow's page of the experiment opens with: columns and their widths, of which the first nine fit a page of 1,400
+# pixels. The view is as its own button "Save as new view" writes it.
+_COLUMNS = {
+    "attributes.`Run Name`": 300,
+    "runDateAndNestInfo": 130,
+    "tags.`gates`": 170,
+    **{f"metrics.`all/{name}`": 90 for name in ("win_rate", "gold", "score", "kl")},
+    "tags.`policy`": 80,
+    "duration": 80,
+    **{f"params.`{name}`": 110 for name in ("seed", "ppo.kl_coef", "ppo.learning_rate", "ppo.updates")},
+    "metrics.`all/score_win_rate`": 110,
+}
+# The page of charts begins with it. MLflow's page "Compare" has the same switch, and no way to set it.
+_DIFFERS = {
+    "type": "DIFFERENCE",
+    "uuid": "differs",
+    "chartName": "Parameters and figures that differ",
+    "compareGroups": ["Parameters", "Model metrics"],
+    "showDifferencesOnly": True,
+    "showChangeFromBaseline": False,
+    "baselineColumnUuid": "",
+    "runsCountToCompare": 10,
+    "metricSectionId": "differs",
+    "deleted": False,
+    "isGenerated": False,
+}
 _LAYOUT = {
     "mlflow.experimentKind": "custom_model_development",
     NOTE: "One run a pipeline; its stages are the runs below it. `all/...`: what came out of it, on held-out prompts.",
@@ -723,22 +753,33 @@ _LAYOUT = {
             "createdAt": 0,
             "updatedAt": 0,
             "state": json.dumps(
-                {"selectedColumns": _COLUMNS, "orderByKey": "attributes.start_time", "orderByAsc": False}
+                {
+                    "selectedColumns": [name for name in _COLUMNS if "." in name],
+                    "columnOrder": list(_COLUMNS),
+                    "columnWidths": _COLUMNS,
+                    "orderByKey": "attributes.start_time",
+                    "orderByAsc": False,
+                    "compareRunSections": [
+                        {"uuid": "differs", "name": "What differs", "display": True, "columns": 1, "cardHeight": 500},
+                        {"uuid": "all", "name": "all", "display": True},
+                    ],
+                    "compareRunCharts": [_DIFFERS],
+                    "isAccordionReordered": True,  # else MLflow puts its own sections first
+                }
             ),
         }
     ),
 }
 
 
-def _pipeline_run(client: MlflowClient, experiment: str, pipeline_id: str, started: float) -> str:
+def _pipeline_run(client: MlflowClient, experiment: str, pipeline_id: str, started: float, name: str = "") -> str:
     """The run that is the parent of the pipeline's stages, found by the pipeline's id or made."""
     tags = {"pipeline.id": pipeline_id, "rlhf.kind": "pipeline"}
     with _machine_lock():
         found = _runs(client, experiment, tags)
         if found:
             return found[0]
-        name = f"pipeline {datetime.fromtimestamp(started):%Y-%m-%d %H:%M}"
-        return str(client.create_run(experiment, int(started * 1000), tags, name).info.run_id)
+        return str(client.create_run(experiment, int(started * 1000), tags, name or run_name()).info.run_id)
 
 
 def _runs(client: MlflowClient, experiment: str, tags: dict[str, str]) -> list[str]:

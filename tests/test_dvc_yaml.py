@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 
 import pytest
+from ruamel.yaml import YAML
 
 from tasks.lineage import StageSpec, load_stages
 from tasks.params import Params, load_params
@@ -97,6 +99,18 @@ def keys_read(file: str) -> set[str]:
 
 def key_covers(declared: str, key: str) -> bool:
     return key == declared or key.startswith(declared + ".")
+
+
+def test_git_ignores_what_dvc_keeps_and_nothing_else() -> None:
+    """One committed file has all lines: DVC would write those that lack, and take them back when `dvc repro` fails."""
+    stages = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].values()
+    cached = {out for stage in stages for out in stage.get("outs", []) if isinstance(out, str)}  # else {path: options}
+    outs = [out for spec in SPECS.values() for out in spec.outs]
+    asked = ["git", "check-ignore", "--no-index", *outs]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == cached
+    lines = [line for line in (ROOT / "data/.gitignore").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not any(covers(f"data{line}", out) for out in cached)] == []
 
 
 @pytest.mark.parametrize("stage", SPECS)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, read_rows, write_csv, write_json, write_rows
+from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, read_rows, write_csv, write_figures, write_rows
 from tasks.demands import require, reward_function
 from tasks.models import (
     decode_response,
@@ -89,7 +89,8 @@ def train_policy(stage: Stage) -> None:
     best = {} if trainer.watch.best is None else {"held_out_best": trainer.watch.best.score}
     # of weights that are not kept, history.csv tells
     rest = last if trainer.kept_update == trainer.update else {}
-    write_json(stage.out("data/reports/ppo/metrics.json"), {"ppo": {**kept, **start, **best, **rest}})
+    figures = {**kept, **start, **best, **rest}
+    write_figures(stage.out("data/reports/ppo/metrics.json"), {"ppo": figures}, ["ppo.kept_update", "ppo.kept_score"])
     print(f"ppo: the policy after update {trainer.kept_update} of {trainer.update} is kept")
 
 

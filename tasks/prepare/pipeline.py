@@ -30,7 +30,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from tasks.conversations import FINGERPRINT_FILE, text_of
-from tasks.datasets import stable_share, write_json
+from tasks.datasets import stable_share, write_figures
 from tasks.demands import Misfit
 from tasks.lineage import load_stages
 from tasks.params import Kind, Params, Source, SplitName, Splits, Text
@@ -102,7 +102,7 @@ def prepare(stage: Stage) -> None:
 
     found = findings(seen, params, model)
     figures = card.figures(found)
-    write_json(stage.out("data/reports/prepare/metrics.json"), {"prepare": figures})
+    write_figures(stage.out("data/reports/prepare/metrics.json"), {"prepare": figures}, ["prepare.prompts"])
     hexadecimal = {name: [f"{id:016x}" for id in seen.leaks[name]] for name in ("id_a", "id_b")}
     seen.leaks.assign(**hexadecimal).to_csv(
         stage.out("data/reports/prepare/leaks.csv"), index=False, lineterminator="\n"

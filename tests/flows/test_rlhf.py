@@ -213,6 +213,18 @@ def test_unknown_stage_names_the_nearest(in_toy: Toy, capsys: pytest.CaptureFixt
     assert "no dvc.yaml here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["dvc.lock", "dvc.yaml"])
+def test_a_file_that_git_could_not_merge_is_told_once_before_any_server(
+    in_toy: Toy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr("flows.rlhf.prefect_server", lambda _: pytest.fail("nothing may start"))
+    (in_toy.root / file).write_text("stages:\n<<<<<<< HEAD\n  a: {}\n=======\n  b: {}\n>>>>>>> other\n")
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: ") == said.count(f"{file}, line 2") == 1
+    assert f"git checkout --ours {file}" in said
+
+
 def test_figure_is_found_in_nested_json(in_toy: Toy) -> None:
     spec = load_stages(in_toy.root)["left"]
     (in_toy.root / "left.json").write_text('{"toy": {"length": 0.123456}}')

@@ -80,7 +80,7 @@ def make_repo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         repo = (place or tmp_path_factory.mktemp(name)) / "repo"
         repo.mkdir()
         code = ("flows", "tasks", "dvc.yaml", "params.yaml", "prefect.toml", ".dvcignore", ".gitignore")
-        for part in (*code, "data/labels"):
+        for part in (*code, "data/labels", "data/.gitignore"):
             if (ROOT / part).is_dir():
                 shutil.copytree(ROOT / part, repo / part, ignore=shutil.ignore_patterns("__pycache__"))
             elif (ROOT / part).exists():

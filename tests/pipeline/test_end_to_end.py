@@ -14,10 +14,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks import run
+from tasks.datasets import read_figures
 from tasks.lineage import hash_path, load_stages, locked_outs
 from tests.killing import finish_apart
 from tests.pipeline.conftest import command
-from tests.tiny import small_disk
+from tests.tiny import shell, small_disk
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -37,11 +38,27 @@ def lock_of(repo: Path) -> Any:
 def test_dvc_repro_makes_every_out_and_its_lock(by_dvc: Path) -> None:
     specs = load_stages(by_dvc)
     assert set(outs_of(by_dvc)) == {out for spec in specs.values() for out in spec.outs}
-    evaluation = json.loads((by_dvc / "data/reports/evaluation/metrics.json").read_text())
+    evaluation = read_figures((by_dvc / "data/reports/evaluation/metrics.json").read_text())
     assert {"base", "sft", "policy", "gain", "gain_low", "gain_high"} <= set(evaluation["gold"])
     assert {"win_rate", "win_rate_low", "win_rate_high", "kl"} <= set(evaluation)
     assert {"sft", "policy"} <= set(evaluation["fluency"])
-    assert 0 <= json.loads((by_dvc / "data/reports/reward/metrics.json").read_text())["reward"]["accuracy"] <= 1
+    assert 0 <= read_figures((by_dvc / "data/reports/reward/metrics.json").read_text())["reward"]["accuracy"] <= 1
+
+
+def test_what_a_run_leaves_untracked_belongs_into_the_commit(by_dvc: Path) -> None:
+    """DVC adds no git-ignore file of its own beside the one that is committed."""
+    untracked = set(shell(by_dvc, "git", "ls-files", "--others", "--exclude-standard").splitlines())
+    code = ("flows/", "tasks/", "data/labels/", "data/raw/", ".dvc", "params.yaml", "dvc.yaml", "prefect.toml")
+    made = {path for path in untracked if not path.startswith(code)} - {".gitignore", "data/.gitignore"}
+    kept_by_dvc = set(shell(by_dvc, "git", "check-ignore", *outs_of(by_dvc)).splitlines())
+    assert made == {"dvc.lock", *outs_of(by_dvc)} - kept_by_dvc
+
+
+def test_dvc_shows_as_many_figures_as_fit_a_screen(by_dvc: Path) -> None:
+    shown = json.loads(command(by_dvc, "dvc", "metrics", "show", "--json"))
+    figures = [name for file in shown[""]["data"].values() for name in file["data"]]
+    assert 10 <= len(figures) <= 20
+    assert {"gold.policy", "gold.gain", "win_rate", "kl", "reward.accuracy"} <= set(figures)
 
 
 @pytest.mark.parametrize(("width", "media"), [(1200, "screen"), (375, "screen"), (700, "print")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import tasks.base
 from tasks.base import folder_sha256, load_source, run, unpack_gguf
+from tasks.datasets import read_figures
 from tasks.lineage import load_stages
 from tasks.models import load_language_model, load_tokenizer, tokenizer_fingerprint
 from tasks.params import Base, load_params
@@ -39,7 +39,7 @@ def run_stage(root: Path, params: Base) -> dict[str, Any]:
     stage = Stage(load_stages()["base"], PARAMS.model_copy(update={"base": params}), Mock(), root=root)
     run(stage)
     stage.commit()
-    report: dict[str, Any] = json.loads((root / "data/reports/base/metrics.json").read_text())["base"]
+    report: dict[str, Any] = read_figures((root / "data/reports/base/metrics.json").read_text(encoding="utf-8"))["base"]
     return report
 
 

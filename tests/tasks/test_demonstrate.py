@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -10,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from tasks.conversations import single
-from tasks.datasets import Demonstration, Prompt, PromptFacts, prompt_id, read_rows, write_rows
+from tasks.datasets import Demonstration, Prompt, PromptFacts, prompt_id, read_figures, read_rows, write_rows
 from tasks.demonstrate import choose_prompts, run
 from tasks.labels.judgments import WrittenDemonstration
 from tasks.labels.queue import queue_files
@@ -56,7 +55,9 @@ def run_stage(
     run(stage)
     stage.commit()
     rows = read_rows(root / "data/collected/demonstrations/demonstrations.jsonl", Demonstration)
-    return rows, json.loads((root / "data/reports/demonstrate/metrics.json").read_text())["demonstrate"]
+    return rows, read_figures((root / "data/reports/demonstrate/metrics.json").read_text(encoding="utf-8"))[
+        "demonstrate"
+    ]
 
 
 def test_demonstrations_and_their_report(tmp_path: Path) -> None:

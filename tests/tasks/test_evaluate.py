@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tasks.datasets import (
     Ticket,
     flat,
     prompt_id,
+    read_figures,
     read_rows,
     write_json,
     write_rows,
@@ -474,7 +474,7 @@ def run_stages(
         stage = Stage(load_stages()[name], params, tracker, root=root)
         module(stage)
         stage.commit()
-    return json.loads((root / "data/reports/evaluation/metrics.json").read_text()), tracker
+    return read_figures((root / "data/reports/evaluation/metrics.json").read_text(encoding="utf-8")), tracker
 
 
 def test_the_stages_and_their_report(

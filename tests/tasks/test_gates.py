@@ -10,7 +10,7 @@ import pytest
 from tasks.conversations import single
 from tasks.datasets import Answer
 from tasks.evaluate import Answers, judge, summarize
-from tasks.gates import FIGURES, evaluate, judged
+from tasks.gates import FIGURES, evaluate, in_short, judged
 from tasks.labels.simulated import generator, write_reply
 from tasks.params import Flaw, Gates, load_params
 from tasks.tickets import generate
@@ -282,3 +282,11 @@ def test_the_same_policy_is_no_difference() -> None:
     assert failed == {"win_rate_low"}  # nothing else is wrong with it
     assert figures["versus"]["sft"]["gold"]["tie"] == 1.0
     assert (figures["gold"]["gain_low"], figures["gold"]["gain"], figures["gold"]["gain_high"]) == (0.0, 0.0, 0.0)
+
+
+def test_in_short() -> None:
+    gates = evaluate(Gates(**(OPEN | {"kl": 10.0, "ended": 0.9})), REPORTS)
+    assert in_short(gates) == "passed"
+    failed, unjudged = gates[0]._replace(value=11.0), gates[1]._replace(value=None, open="nobody")
+    assert in_short([failed, *gates]) == "failed: kl"
+    assert in_short([failed, unjudged]) == "failed: kl; open: ended"

@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 
 from tasks import endpoint, judge
 from tasks.conversations import single
-from tasks.datasets import Ranking, SideBySide, Verdict, read_rows, write_json, write_rows
+from tasks.datasets import Ranking, SideBySide, Verdict, read_figures, read_rows, write_json, write_rows
 from tasks.judge import PROMPT, PROMPT_VERSION, Pair, agreement, counts, question, read_answer, run, verdict_of
 from tasks.lineage import hash_path, load_stages
 from tasks.params import load_params
@@ -148,7 +148,7 @@ def run_stage(
     stage = Stage(load_stages(ROOT)["judge"], params, Tracker.in_memory(events), root)
     run(stage)
     stage.commit()
-    return json.loads((root / METRICS).read_text())["judge"], events
+    return read_figures((root / METRICS).read_text(encoding="utf-8"))["judge"], events
 
 
 # ---- by hand ----

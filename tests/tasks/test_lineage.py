@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tasks.lineage import git_state, hash_path, load_stages, locked_outs, upstream
+from tasks.lineage import (
+    changed_params,
+    git_state,
+    hash_path,
+    load_stages,
+    locked_outs,
+    read_lock,
+    run_name,
+    upstream,
+)
 from tasks.stage import UserError
 from tests.tiny import shell, tiny_repo
 
@@ -89,6 +98,56 @@ def test_a_damaged_dvc_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "dvc.lock").write_text("stages:\n  first: {outs: [")
     with pytest.raises(UserError, match=r"dvc\.lock is damaged"):
         locked_outs("first", tmp_path)
+
+
+def test_a_dvc_lock_that_git_could_not_merge_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("nobody is about to write the rest"))
+    (tmp_path / "dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n<<<<<<< HEAD\n  a: {}\n=======\n  b: {}\n>>>>>>> other\n"
+    )
+    with pytest.raises(UserError, match=r"dvc\.lock, line 3: .*git checkout --ours"):
+        read_lock(tmp_path)
+
+
+LOCK = """
+stages:
+  ppo: {params: {params.yaml: {seed: 1, ppo: {kl_coef: 0.02, updates: 8, learning_rate: 0.1}, rank.labeler: simulated}}}
+  report: {params: {params.yaml: {seed: 1, ppo: {kl_coef: 0.02, updates: 8, learning_rate: 0.1}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ("{ppo: {kl_coef: 0.1, updates: 8, learning_rate: 0.1}}", "kl_coef 0.02 → 0.1"),
+        ("{sft: {learning_rate: 1}, ppo: {learning_rate: 0.2}}", "ppo.learning_rate 0.1 → 0.2"),
+        (
+            "{seed: 2, ppo: {kl_coef: 0.1, updates: null}, rank: {labeler: human}}",
+            "seed 1 → 2, kl_coef 0.02 → 0.1, +2",
+        ),
+        ("{seed: 1, new: {key: 1}}", "Higher KL penalty"),
+        ("{seed: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}", "seed 1 → …"),
+        ("[broken", "Higher KL penalty"),
+    ],
+    ids=["one", "common-name", "several", "none", "list", "broken"],
+)
+def test_a_run_is_named_by_what_it_changed(tmp_path: Path, params: str, name: str) -> None:
+    repo = tiny_repo(tmp_path / "repo")
+    shell(repo, "git", "commit", "--quiet", "--allow-empty", "--message", "Higher KL penalty", "--message", "A body")
+    (repo / "dvc.lock").write_text(LOCK)
+    (repo / "params.yaml").write_text(params)
+    assert run_name(repo) == name
+
+
+def test_a_change_is_one_until_every_stage_has_seen_it(tmp_path: Path) -> None:
+    """A run that broke off after ppo and is started again is the same run to people."""
+    (tmp_path / "dvc.lock").write_text(LOCK.replace("kl_coef: 0.02", "kl_coef: 0.1", 1))
+    (tmp_path / "params.yaml").write_text("ppo: {kl_coef: 0.1, updates: 8}")
+    assert changed_params(tmp_path) == {"kl_coef": (0.02, 0.1)}
+
+
+def test_a_run_without_git_is_named_by_the_time(tmp_path: Path) -> None:
+    assert run_name(tmp_path).startswith("run of 20")
 
 
 def test_git_state(tmp_path: Path) -> None:

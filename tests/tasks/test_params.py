@@ -117,9 +117,12 @@ def test_not_a_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_params(tmp_path: Path) -> None:
-    assert "is not valid YAML" in complaint(tmp_path, "a: [1")
+    assert "params.yaml, line 2: not valid YAML" in complaint(tmp_path, "a: [1")
     assert "must hold sections" in complaint(tmp_path, "- 1\n")
     assert "must hold sections" in complaint(tmp_path, "")
+    unmerged = complaint(tmp_path, "seed: 1\n<<<<<<< HEAD\nppo: {}\n=======\nppo: {updates: 1}\n>>>>>>> other\n")
+    assert "params.yaml, line 2" in unmerged
+    assert "git checkout --ours" in unmerged
     with pytest.raises(UserError, match="is missing"):
         load_params(tmp_path / "nowhere.yaml")
 

@@ -13,7 +13,17 @@ from unittest.mock import Mock
 import pytest
 
 from tasks.conversations import Conversation, single
-from tasks.datasets import PromptFacts, Ranking, RecordedRanking, Samples, Vote, prompt_id, read_rows, write_rows
+from tasks.datasets import (
+    PromptFacts,
+    Ranking,
+    RecordedRanking,
+    Samples,
+    Vote,
+    prompt_id,
+    read_figures,
+    read_rows,
+    write_rows,
+)
 from tasks.labels.agreement import Agreement, measure
 from tasks.labels.checks import run_checks
 from tasks.labels.judgments import JudgedRanking
@@ -69,7 +79,7 @@ def run_stage(
     run(stage)
     stage.commit()
     rows = read_rows(root / "data/collected/rankings/rankings.jsonl", Ranking)
-    return rows, json.loads((root / "data/reports/rank/metrics.json").read_text())["rank"]
+    return rows, read_figures((root / "data/reports/rank/metrics.json").read_text(encoding="utf-8"))["rank"]
 
 
 def marks_of(row: Samples | Ranking) -> Marks:

@@ -4,7 +4,6 @@ on and ends with the same bits."""
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from itertools import combinations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from tasks.checkpoints import Checkpoints
 from tasks.conversations import single
-from tasks.datasets import Demonstration, Ranking, write_json, write_rows
+from tasks.datasets import Demonstration, Ranking, read_figures, write_json, write_rows
 from tasks.lineage import load_stages
 from tasks.models import centred_scores, encode_prompt, encode_response, load_scalar_model, load_tokenizer, pack
 from tasks.params import load_params
@@ -260,7 +259,7 @@ def test_the_mean_demonstration_scores_zero(stage_root: Path) -> None:
 
 
 def test_the_report(stage_root: Path) -> None:
-    report = json.loads((stage_root / "data/reports/reward/metrics.json").read_text())["reward"]
+    report = read_figures((stage_root / "data/reports/reward/metrics.json").read_text(encoding="utf-8"))["reward"]
     assert set(report) == {
         *("accuracy", "accuracy_low", "accuracy_high", "loss", "held_out_prompts", "held_out_pairs"),
         *(
@@ -318,7 +317,7 @@ def test_the_held_out_accuracy_by_hand(stage_root: Path) -> None:
         for a, b in combinations(range(3), 2):
             if row.ranks[a] != row.ranks[b]:
                 right.append((scores[a] > scores[b]) == (row.ranks[a] < row.ranks[b]))
-    report = json.loads((stage_root / "data/reports/reward/metrics.json").read_text())["reward"]
+    report = read_figures((stage_root / "data/reports/reward/metrics.json").read_text(encoding="utf-8"))["reward"]
     assert report["accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-6)
     assert report["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
@@ -355,7 +354,7 @@ def test_votes_between_two_answers_train_and_are_measured_beside_rankings(sft: P
         for ranks in ([1, 2], [1, 1])
     ]
     run_stage(lay_out(tmp_path, sft, RANKINGS + votes))
-    report = json.loads((tmp_path / "data/reports/reward/metrics.json").read_text())["reward"]
+    report = read_figures((tmp_path / "data/reports/reward/metrics.json").read_text(encoding="utf-8"))["reward"]
     assert (report["train_prompts"], report["held_out_prompts"], report["all_tied_prompts"]) == (20, 8, 6)
     assert report["held_out_pairs"] == sum(3 - tied_pairs(row) for row in RANKINGS[20:28]) + 2
     assert report["tied_pairs"] == sum(tied_pairs(row) for row in RANKINGS) + 4
@@ -388,7 +387,7 @@ def test_rankings_as_people_bring_them(sft: Path, tmp_path: Path) -> None:
     write_json(root / "data/reports/rank/metrics.json", {"rank": {"noise_ceiling": None}})
     events: list[dict[str, Any]] = []
     run_stage(root, Tracker.in_memory(events))
-    report = json.loads((root / "data/reports/reward/metrics.json").read_text())["reward"]
+    report = read_figures((root / "data/reports/reward/metrics.json").read_text(encoding="utf-8"))["reward"]
     assert (report["train_prompts"], report["held_out_prompts"]) == (8, 4)
     # pairs of 2, 3, 4 and 5 responses, and of bo's 3
     assert report["held_out_pairs"] == 1 + 3 + 6 + 10 + 3
@@ -414,9 +413,8 @@ def test_held_out_labelers_are_not_trained_on_and_measured_apart(stage_root: Pat
     assert (root / "data/models/reward/model.safetensors").read_bytes() == (
         stage_root / "data/models/reward/model.safetensors"
     ).read_bytes(), "the same model as without them"
-    report, before = (
-        json.loads((folder / "data/reports/reward/metrics.json").read_text())["reward"] for folder in (root, stage_root)
-    )
+    reports = [folder / "data/reports/reward/metrics.json" for folder in (root, stage_root)]
+    report, before = (read_figures(file.read_text(encoding="utf-8"))["reward"] for file in reports)
     theirs = {name for name in report if name.startswith("held_out_labelers")}
     assert {name: value for name, value in report.items() if name not in theirs} == {
         name: value for name, value in before.items() if name not in theirs
@@ -443,7 +441,7 @@ def test_held_out_labelers_are_not_trained_on_and_measured_apart(stage_root: Pat
 def test_held_out_labelers_of_prompts_that_were_all_trained_on_have_no_figure(sft: Path, tmp_path: Path) -> None:
     root = lay_out(tmp_path, sft, apart=[ranking(0).model_copy(update={"labeler": "zoe"})])
     run_stage(root)
-    report = json.loads((root / "data/reports/reward/metrics.json").read_text())["reward"]
+    report = read_figures((root / "data/reports/reward/metrics.json").read_text(encoding="utf-8"))["reward"]
     assert (report["held_out_labelers_accuracy"], report["held_out_labelers_pairs"]) == (None, 0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tasks.conversations import single
-from tasks.datasets import Prompt, Samples, prompt_id, read_rows, write_rows
+from tasks.datasets import Prompt, Samples, prompt_id, read_figures, read_rows, write_rows
 from tasks.lineage import load_stages
 from tasks.models import load_language_model, load_tokenizer, save_model
 from tasks.params import Params, load_params
@@ -123,7 +122,7 @@ def test_the_stage_and_its_report(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "one/data/collected/samples/samples.jsonl"
     rows = read_rows(path, Samples)
     assert rows == sample(folder, PROMPTS[:4], params_with())[0]
-    figures = json.loads((tmp_path / "one/data/reports/sample/metrics.json").read_text())["sample"]
+    figures = read_figures((tmp_path / "one/data/reports/sample/metrics.json").read_text(encoding="utf-8"))["sample"]
     ended = [flag for row in rows for flag in row.ended]
     assert figures == {"prompts": 4, "responses": 12, "duplicates_dropped": 0, "ended_share": sum(ended) / 12}
     (logged,), _ = tracker.metrics.call_args
@@ -149,7 +148,7 @@ def test_nothing_is_sampled_where_rankings_are_recorded(
     params = params.model_copy(update={"rank": params.rank.model_copy(update={"labeler": "recorded"})})
     run_stage(tmp_path, folder, params)
     assert (tmp_path / "data/collected/samples/samples.jsonl").read_bytes() == b""
-    figures = json.loads((tmp_path / "data/reports/sample/metrics.json").read_text())["sample"]
+    figures = read_figures((tmp_path / "data/reports/sample/metrics.json").read_text(encoding="utf-8"))["sample"]
     assert figures == {"prompts": 0, "responses": 0, "duplicates_dropped": 0, "ended_share": 0}
     assert "nothing is sampled, for rank.labeler is `recorded`" in capsys.readouterr().out
 

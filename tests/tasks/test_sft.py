@@ -4,7 +4,6 @@ that is killed goes on and ends with the same bits."""
 from __future__ import annotations
 
 import csv
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from tasks.checkpoints import Checkpoints
 from tasks.conversations import single
-from tasks.datasets import Demonstration, write_rows
+from tasks.datasets import Demonstration, read_figures, write_rows
 from tasks.lineage import load_stages
 from tasks.models import (
     encode_prompt,
@@ -254,7 +253,7 @@ def test_the_stage_learns_and_leaves_the_trunk_alone(staged: tuple[Path, Mock], 
     tokenizer = load_tokenizer(folder)
     assert example_loss(after, tokenizer, validation) < 0.8 * example_loss(before, tokenizer, validation)
 
-    report = json.loads((root / "data/reports/sft/metrics.json").read_text())["sft"]
+    report = read_figures((root / "data/reports/sft/metrics.json").read_text(encoding="utf-8"))["sft"]
     assert set(report) == {"validation_loss", "train_loss", "train_demonstrations", "validation_demonstrations"}
     assert (report["train_demonstrations"], report["validation_demonstrations"]) == (len(training), len(validation))
     with (root / "data/reports/sft/history.csv").open() as file:

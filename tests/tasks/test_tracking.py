@@ -94,6 +94,8 @@ def log_a_stage(params: Params) -> None:
         Path("plot.txt").write_text("a plot")
         tracker.artifact(Path("plot.txt"))
         Path("plot.txt").write_text("changed later")
+        tracker.metrics({"sft/share": 0.123456})
+        tracker.tags({"gates": "passed", "more": "of the stage alone"})
         tracker.note("- it **worked**")
         tracker.outs({"data/models/sft": Path("data/models/sft")})
 
@@ -101,7 +103,10 @@ def log_a_stage(params: Params) -> None:
 def assert_on_the_pipeline(pipeline: Any) -> None:
     """What `log_a_stage` says of the pipeline, once."""
     points = history(pipeline)
-    assert points == {"sft/loss": [(0, 3.0), (1, 2.0), (2, 1.0)], "sft/accuracy": [(0, 0.0), (1, 0.5), (2, 1.0)]}
+    curves = {"sft/loss": [(0, 3.0), (1, 2.0), (2, 1.0)], "sft/accuracy": [(0, 0.0), (1, 0.5), (2, 1.0)]}
+    assert points == {**curves, "sft/share": [(0, 0.1235)]}, "figures are rounded as people read them, curves are not"
+    assert pipeline.data.tags["gates"] == "passed"
+    assert "more" not in pipeline.data.tags
     assert not [key for key in pipeline.data.metrics if key.startswith("system/")]
     assert {key.split(".")[0] for key in pipeline.data.params} == {"seed", "sft"}
     assert pipeline.data.tags[tracking.NOTE] == "- it **worked**"

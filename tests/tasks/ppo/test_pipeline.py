@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from tasks.conversations import Conversation, single, text_of
-from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, prompt_id, read_rows, write_rows
+from tasks.datasets import Demonstration, HeldOutAnswer, Prompt, prompt_id, read_figures, read_rows, write_rows
 from tasks.lineage import load_stages
 from tasks.models import load_language_model, load_scalar_model, load_tokenizer, save_model, shared_depth
 from tasks.params import load_params
@@ -113,7 +112,7 @@ def test_the_stage_and_its_report(folders: dict[str, Path], tmp_path: Path) -> N
     with (reports / "history.csv").open() as file:
         history = list(csv.DictReader(file))
     assert [row["update"] for row in history] == ["1", "2"]
-    report = json.loads((reports / "metrics.json").read_text(encoding="utf-8"))["ppo"]
+    report = read_figures((reports / "metrics.json").read_text(encoding="utf-8"))["ppo"]
     assert report["updates"] == 2
     assert {"score", "kl", "approx_kl", "clip_fraction", "policy_loss", "value_loss"} <= set(report)
     assert report["score"] == report["kept_score"] == float(history[-1]["score"])
@@ -149,7 +148,7 @@ def test_the_best_policy_on_held_out_prompts_is_kept(folders: dict[str, Path], t
     tracker = run_stage(tmp_path, folders)
     with (tmp_path / "data/reports/ppo/history.csv").open() as file:
         rows = list(csv.DictReader(file))
-    report = json.loads((tmp_path / "data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]
+    report = read_figures((tmp_path / "data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]
     evaluated = [report["held_out_start"], *(float(row["held_out_score"]) for row in rows)]
     assert report["held_out_best"] == max(evaluated) == evaluated[report["kept_update"]]
     sft, policy = load_language_model(folders["sft"]), load_language_model(tmp_path / "data/models/policy")
@@ -219,7 +218,7 @@ def test_an_early_stop_is_said_and_marked(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = run_stage(tmp_path, folders, updates=5, entropy_floor=100.0)
-    report = json.loads((tmp_path / "data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]
+    report = read_figures((tmp_path / "data/reports/ppo/metrics.json").read_text(encoding="utf-8"))["ppo"]
     assert (report["stopped_early"], report["updates"], report["kept_update"]) == (1, 0, 0)
     out = capsys.readouterr()
     assert "ppo: stopped early: entropy" in out.out + out.err

@@ -17,7 +17,16 @@ from ruamel.yaml import YAML
 
 from tasks import prepare
 from tasks.conversations import FINGERPRINT_FILE, single
-from tasks.datasets import Demonstration, Prompt, PromptFacts, RecordedRanking, prompt_id, read_rows, stable_share
+from tasks.datasets import (
+    Demonstration,
+    Prompt,
+    PromptFacts,
+    RecordedRanking,
+    prompt_id,
+    read_figures,
+    read_rows,
+    stable_share,
+)
 from tasks.lineage import load_stages
 from tasks.params import Params, Splits, load_params
 from tasks.prepare import intake, machine, pipeline
@@ -97,7 +106,9 @@ class Repository:
             stage.discard()
             raise
         stage.commit()
-        metrics: dict[str, Any] = json.loads((self.root / "data/reports/prepare/metrics.json").read_text())
+        metrics: dict[str, Any] = read_figures(
+            (self.root / "data/reports/prepare/metrics.json").read_text(encoding="utf-8")
+        )
         return metrics["prepare"]  # type: ignore[no-any-return]
 
     def prompts(self) -> dict[str, list[str]]:
