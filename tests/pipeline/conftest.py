@@ -113,17 +113,17 @@ def by_dvc(make_repo: Any, once: Once) -> Path:
     return once("by-dvc", fill) / "repo"
 
 
-def command(repo: Path, *arguments: str, fails: bool = False) -> str:
+def command(repo: Path, *arguments: str, fails: bool = False, python: str = sys.executable) -> str:
     """Run a module in the repository, as a person would; returns all that it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RLHF_"))}
     environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(repo / ".prefect"),
         "MLFLOW_TRACKING_URI": f"sqlite:///{repo / 'mlflow.db'}",
         "COLUMNS": "200",
     }
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=repo, env=environment, capture_output=True, text=True, check=False
+        [python, "-m", *arguments], cwd=repo, env=environment, capture_output=True, text=True, check=False
     )
     output = done.stdout + done.stderr
     assert (done.returncode != 0) == fails, output
