@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tasks.prepare.formats import Damaged
 from tasks.stage import UserError
 
 LONGEST_ROW = 10_000_000  # bytes
+DEEPEST = 500  # objects and lists within each other
 BLOCK = 1 << 20  # bytes read at a time
 PARQUET_BATCH = 1024  # rows
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -150,14 +152,22 @@ def parse(content: bytes) -> Mapping[str, Any]:
     return row
 
 
+def is_too_deep(content: bytes) -> bool:
+    """Counted, since Python's reader gives up at a depth that depends on its version."""
+    if content.count(b"[") + content.count(b"{") <= DEEPEST:
+        return False
+    brackets = re.findall(rb"[\[\]{}]", re.sub(rb'"(?:\\.|[^"\\])*+"', b"", content))
+    return max(accumulate((1 if bracket in b"[{" else -1 for bracket in brackets), initial=0)) > DEEPEST
+
+
 def damage(content: bytes, error: orjson.JSONDecodeError) -> Damaged:
     """Why orjson refuses a row."""
+    if is_too_deep(content):
+        return Damaged("too deep", "", "is nested too deeply")
     try:
         json.loads(content.decode(), parse_int=float)  # int refuses what is thousands of digits long
     except UnicodeDecodeError as wrong:
         return Damaged("not UTF-8", "", f"is not UTF-8 ({wrong.reason} at byte {wrong.start})")
-    except RecursionError:
-        return Damaged("too deep", "", "is nested too deeply")
     except json.JSONDecodeError:
         return Damaged("NUL" if b"\0" in content else "not JSON", "", f"is not JSON: {error}")
     # Python's reader takes what the standard does not have
@@ -174,10 +184,9 @@ def refuse_double_keys(content: bytes) -> None:
             raise Damaged("key twice", next(name for name in names if names.count(name) > 1), "stands there twice")
         return found
 
-    try:
-        json.loads(content, object_pairs_hook=once, parse_int=float)
-    except RecursionError:
-        raise Damaged("too deep", "", "is nested too deeply") from None
+    if is_too_deep(content):
+        raise Damaged("too deep", "", "is nested too deeply")
+    json.loads(content, object_pairs_hook=once, parse_int=float)
 
 
 # Readers of one kind of file
