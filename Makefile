@@ -79,7 +79,8 @@ clean:  ## remove the environment and the tools' caches; data, models and record
 lock:  ## pin anew what pyproject.toml asks for, keeping the versions that still fit; needs uv
 	@cat requirements*.lock >.lock.tmp
 	@uv pip compile --quiet pyproject.toml --extra pages --group dev --output-file .lock.tmp
-	@uv pip compile --quiet pyproject.toml --constraint .lock.tmp >requirements.lock
+	@echo '# By `make lock`, for Python 3.11 to 3.14. CUDA packages are not here, since torch pins its own: see pyproject.toml.' >requirements.lock
+	@uv pip compile --quiet pyproject.toml --constraint .lock.tmp >>requirements.lock
 	@for set in 'pages --extra' 'dev --group'; do name="$${set%% *}"; \
 		uv pip compile --quiet pyproject.toml --constraint .lock.tmp "$${set#* }" "$$name" | \
 			grep -vxFf requirements.lock >"requirements.$$name.lock"; done
