@@ -90,7 +90,7 @@ def test_the_end_shows_table_answers_and_what_comes_next(tmp_path: Path, monkeyp
     samples.write_text('{"prompt": "Where is it?", "base": "Paris", "sft": "On its way", "policy": "Sorry, Ann"}\n')
     screen = io.StringIO()
     row = Row("sft", "ran", 12.34, "sft.validation_loss 1.5", "http://127.0.0.1:5000/#/experiments/1/runs/abc", "")
-    print_report([row], Console(file=screen, width=150))
+    print_report([row, Row("evaluate", "cached", None, "", "", "")], Console(file=screen, width=150))
     shown = screen.getvalue()
     for part in ("sft", "12.3", "sft.validation_loss 1.5", row.url, "Where is it?", "Sorry, Ann", "make ui"):
         assert part in shown
