@@ -26,8 +26,8 @@ BASE = Path(getattr(sys, "_base_executable", sys.executable))  # that of .venv c
 # what is installed beside `run`; each has a lock, and a stamp in .venv which holds where and from what it was installed
 LOCKS = {"run": "requirements.lock", "pages": "requirements.pages.lock", "dev": "requirements.dev.lock"}
 TORCH_INDEX = "https://download.pytorch.org/whl"
-# GB to download and GB on disk of `run`, with torch's CPU build (and on macOS) and with a CUDA build: the first measured on
-# disk, the second taken from all sets together
+# GB to download and GB on disk of `run`, with torch's CPU build (and on macOS) and with a CUDA build: of the first
+# the space on disk is measured, the second is taken from all sets together
 SIZES = {"cpu": (0.5, 2.4), "cuda": (3.0, 6.3)}
 
 
