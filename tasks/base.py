@@ -14,8 +14,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from tasks.datasets import write_figures
 from tasks.models import context_of, prepare_tokenizer, save_model, split_model, tokenizer_fingerprint
@@ -119,14 +123,27 @@ def load_gguf(gguf: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with _read_once():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain fp32 now; without these three lines save_pretrained would write them as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Transformers reads the whole file three times, each several seconds, and makes the same map of names for each of
+    the model's modules."""
+    import gguf
+
+    with ExitStack() as patches:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patches.enter_context(patch.object(gguf, name, cache(getattr(gguf, name))))
+        yield
 
 
 def load_pretrained(name: str, revision: str | None) -> tuple[Any, Any]:

@@ -1,8 +1,8 @@
 """The record of every run, in MLflow: what a stage logs goes to a journal on disk first, then to the server.
 
 A stage never waits for MLflow and never fails because of it. What it logs is appended to `.rlhf/journal/<id>/`, one
-JSON line an event with its own time stamp; a background thread mirrors the lines to the server. What the server missed
-stays in the journal, and
+JSON line an event with its own time stamp; a background thread mirrors the lines to the server, or with
+RLHF_SENDS=flow the flow sends them when the stages have ended. What the server missed stays in the journal, and
 
     python -m tasks.tracking replay
 
@@ -80,10 +80,11 @@ class Tracker:
         """The tracker of one stage run, from its start to its end, whichever way it ends."""
         journal = Journal.create(spec.name)
         started = time.monotonic()
-        mirror = Mirror(journal)
+        mirror = None if os.environ.get("RLHF_SENDS") == "flow" else Mirror(journal)
         watcher = _Watcher(journal.append, spec)
         journal.append(_start_event(journal.id, spec, params))
-        mirror.start()
+        if mirror:
+            mirror.start()
         watcher.start()
         status = "FAILED"
         try:
@@ -99,7 +100,10 @@ class Tracker:
             watcher.stop()
             journal.append({"kind": "metrics", "values": {"time/seconds": time.monotonic() - started}, "step": 0})
             journal.append({"kind": "end", "status": status})
-            mirror.finish(KILLED_SECONDS if status == "KILLED" else LAST_CHANCE_SECONDS)
+            if mirror:
+                mirror.finish(KILLED_SECONDS if status == "KILLED" else LAST_CHANCE_SECONDS)
+            else:
+                journal.lock.release()
 
     def metrics(self, values: dict[str, float], step: int | None = None) -> None:
         """Figures, rounded as people read them, or one point of each curve when `step` says where it stands."""
@@ -135,7 +139,7 @@ class Tracker:
     def run_id(self, timeout: float = 60.0) -> str:
         """The MLflow run of this stage, once it is there. For `register`, which cannot do its work without MLflow."""
         if self._mirror is None:
-            raise UserError("there is no MLflow run: this stage is not tracked.")
+            raise UserError("there is no MLflow run: this stage does not send its record itself.")
         return self._mirror.wait_for_run(timeout)
 
 
@@ -222,9 +226,11 @@ def link_cached(pipeline_id: str, spec: StageSpec, outs: dict[str, str]) -> str:
 
 
 def stage_run_url(pipeline_id: str, stage: str) -> str:
-    """The address of the stage's run in this pipeline, or ""."""
+    """The address of the stage's run in this pipeline, or "". What stages have not sent themselves is sent first."""
 
     def work(client: MlflowClient) -> str:
+        for journal in Journal.left(pipeline_id):
+            _send_left(client, journal)
         experiment = _experiment(client)
         runs = _runs(client, experiment, {"pipeline.id": pipeline_id, "dvc.stage": stage})
         return run_url(experiment, runs[0]) if runs else ""
