@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import signal
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -33,7 +34,7 @@ from tasks.lineage import StageSpec, load_stages, read_lock, run_name, upstream
 from tasks.params import load_params
 from tasks.run import WAITS as EXIT_WAITS
 from tasks.stage import UserError
-from tasks.tracking import masked
+from tasks.tracking import import_mlflow, masked
 
 
 @flow(name="rlhf", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
@@ -115,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         targets, waits_ok, quick = _parse(argv)
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         with contextlib.ExitStack() as place:
+            threading.Thread(target=import_mlflow, daemon=True).start()  # while the server starts
             with terminal() as log, prefect_server(log.print):
                 if quick:
                     place.enter_context(quick_folder())

@@ -12,8 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from tasks.conversations import text_of
 from tasks.datasets import (
     Ranking,
@@ -27,7 +25,6 @@ from tasks.datasets import (
     write_rows,
 )
 from tasks.endpoint import Endpoint
-from tasks.intervals import RESAMPLES, resamples, versus, with_interval_by_group
 from tasks.stage import Stage
 
 CACHE = ".rlhf/judge"  # git-ignored, outside every out: what was answered outlives a stage that is killed
@@ -185,6 +182,11 @@ def agreement(verdicts: Sequence[Verdict], least: float, seed: int) -> dict[str,
     readable = [row for row in verdicts if row.verdict != "unreadable"]
     if len(readable) < FEWEST_PAIRS:
         return {"labelled_pairs": len(readable), "used": 0}
+
+    import torch  # takes seconds, and mostly nobody judges
+
+    from tasks.intervals import RESAMPLES, with_interval_by_group
+
     marks = torch.tensor([MARKS[row.verdict] for row in readable])
     found = with_interval_by_group("agreement", marks, [row.prompt for row in readable], RESAMPLES, seed)
     used = found["agreement"] >= least and found["agreement_low"] > 0.5
@@ -204,6 +206,11 @@ def against(rival: str, verdicts: Sequence[Verdict], seed: int) -> dict[str, flo
     marks = [MARKS[row.verdict] for row in verdicts if row.kind == rival and row.verdict != "unreadable"]
     if not marks:
         return {"pairs": 0}
+
+    import torch
+
+    from tasks.intervals import RESAMPLES, resamples, versus
+
     ours = torch.tensor(marks)
     return {"pairs": len(marks), **versus(ours, 1 - ours, resamples(len(marks), RESAMPLES, seed))}
 
