@@ -111,12 +111,13 @@ def test_the_working_tree_as_it_is_and_untouched(home: Path) -> None:
             assert Path("tasks/code.py").exists() != new
             assert not Path(".git").exists()
             assert os.environ["RLHF_EXPERIMENT"] == QUICK_EXPERIMENT
+            assert os.environ["RLHF_SENDS"] == "flow"
             assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{home / 'mlflow.db'}"
             assert shell(Path(), "dvc", "cache", "dir").strip() == cache, "what both runs make is made once"
             Path("data/made").mkdir(exist_ok=True)
             with contextlib.chdir(home), pytest.raises(UserError, match="in use by another process"), quick_folder():
                 pass
-    assert "RLHF_EXPERIMENT" not in os.environ
+    assert not {"RLHF_EXPERIMENT", "RLHF_SENDS", "RLHF_HALF_THE_CORES"} & set(os.environ)
     assert (home / "params.yaml").read_bytes() == before
     assert not (home / "data/made").exists()
     assert (home / FOLDER / "data/made").exists(), "the next quick run goes on from there"

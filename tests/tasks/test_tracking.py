@@ -311,6 +311,21 @@ def test_a_quick_run_is_kept_apart_and_what_dvc_takes_over_of_it_is_found(
     assert made_by(client, "sft", outs, Store(ROOT)).outs["data/models/sft"] == md5
 
 
+def test_the_flow_sends_what_stages_leave_to_it(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_SENDS", "flow")
+    monkeypatch.setenv("RLHF_PIPELINE_ID", "ours")
+    with monkeypatch.context() as stage:
+        stage.setattr(tracking, "connect", lambda: pytest.fail("the stage itself asks MLflow"))
+        log_a_stage(params)
+    url = tracking.stage_run_url("ours", "sft")
+    (run,) = stage_runs()
+    assert url.endswith(f"/runs/{run.info.run_id}")
+    assert_recorded(run)
+    (pipeline,) = pipeline_runs()
+    assert_on_the_pipeline(pipeline)
+    assert not list(tracking.JOURNALS.iterdir())
+
+
 def test_a_note_says_why_a_pipeline_failed_and_parameters_edited_meanwhile_harm_nothing(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
