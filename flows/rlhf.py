@@ -34,7 +34,7 @@ from tasks.lineage import StageSpec, load_stages, read_lock, run_name, upstream
 from tasks.params import load_params
 from tasks.run import WAITS as EXIT_WAITS
 from tasks.stage import UserError
-from tasks.tracking import import_mlflow, masked
+from tasks.tracking import connect, masked
 
 
 @flow(name="rlhf", flow_run_name=run_name, task_runner=ThreadPoolTaskRunner())  # type: ignore[arg-type]
@@ -108,6 +108,12 @@ def run_quickly(targets: list[str] | None) -> State[Report]:
     return cast("State[Report]", rlhf(targets, return_state=True))
 
 
+def _open_record() -> None:
+    """MLflow takes seconds to import, and the first time to make its tables: meanwhile Prefect's server starts."""
+    with contextlib.suppress(Exception):  # the flow tells
+        connect()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the flow for a person. Exit codes: 0 done, 1 a stage failed, 2 something to mend, 3 people must label
     something first (0 with --waits-ok), 130 or 143 stopped."""
@@ -116,8 +122,10 @@ def main(argv: list[str] | None = None) -> int:
         targets, waits_ok, quick = _parse(argv)
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         with contextlib.ExitStack() as place:
-            threading.Thread(target=import_mlflow, daemon=True).start()  # while the server starts
+            opening = threading.Thread(target=_open_record, daemon=True)
+            opening.start()
             with terminal() as log, prefect_server(log.print):
+                opening.join()
                 if quick:
                     place.enter_context(quick_folder())
                     state = run_quickly(targets)

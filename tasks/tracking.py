@@ -147,8 +147,8 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
-def import_mlflow() -> None:
-    """It takes seconds. A client gives up soon: by default MLflow's own retries for 247 s."""
+def connect() -> MlflowClient:
+    """A client that gives up soon: by default MLflow's own retries for 247 s."""
     # A request that timed out may have been served: MLflow's blind retry would make a second run. We try again
     # ourselves, and look first whether it is there.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -156,18 +156,13 @@ def import_mlflow() -> None:
     os.environ.setdefault("MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     warnings.filterwarnings("ignore", module="alembic")  # about MLflow's own migrations
-    import mlflow  # noqa: F401
-
-
-def connect() -> MlflowClient:
-    import_mlflow()
-    from mlflow import MlflowClient
+    import mlflow
 
     uri = tracking_uri()
     if uri.startswith("sqlite") and "?" not in uri:
         uri += "?timeout=30"  # by default SQLite waits 5 s for another process that writes
     with _machine_lock():  # the first one to come makes SQLite's tables
-        return MlflowClient(uri, uri)
+        return mlflow.MlflowClient(uri, uri)
 
 
 def account() -> str:
