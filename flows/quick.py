@@ -23,7 +23,6 @@ FOLDER = Path(".rlhf/quick")
 OWN = ("params.yaml", "dvc.lock", "data", "mlflow.db", "mlartifacts")  # what a run changes, besides hidden folders
 GIVEN = ("raw", "labels")  # in data: what people bring
 SETTINGS = (".dvc/config", ".dvc/plots")
-SIDE_BY_SIDE = "baseline ppo"  # so short, they take less time with half of the cores each than with all of them both
 MOST_ROWS = 120  # of recorded demonstrations and rankings each, about
 RECORDED = {  # where `prepare` puts those that are trained on
     "demonstrations": Path("data/prepared/demonstrations/sft.jsonl"),
@@ -43,7 +42,7 @@ def quick_folder() -> Iterator[None]:
         share_dvc_store(quick, git=False)
         change_params(quick.path / "params.yaml", reduced(load_params(home / "params.yaml")))
         # in each of so short stages, importing MLflow would take longer than the work
-        ours = {"RLHF_EXPERIMENT": QUICK_EXPERIMENT, "RLHF_SENDS": "flow", "RLHF_HALF_THE_CORES": SIDE_BY_SIDE}
+        ours = {"RLHF_EXPERIMENT": QUICK_EXPERIMENT, "RLHF_SENDS": "flow"}
         os.environ.update(ours)
         try:
             with quick.entered():

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 STAR = "★"
-CHANGED = "what changed; gates"
 # The first that a run has; as tasks/gates.py asks them
 WIN_RATES = ("eval/win_rate", "judge/versus.sft.win_rate", "eval/score_win_rate")
 STATES = {"RUNNING": "running", "SCHEDULED": "waits", "FAILED": "failed", "KILLED": "stopped"}
@@ -113,7 +112,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     columns = {
         "run": [_lines(row.run, f"{row.policy} {STAR}" if row.is_champion else row.policy) for row in rows],
         "when": [f"{row.when:%m-%d\n%H:%M}" for row in rows],
-        CHANGED: [_lines(row.changed, row.gates) for row in rows],
+        "what changed; gates": [_lines(row.changed, row.gates) for row in rows],
         "gold": [row.gold for row in rows],
         "judge %": [row.judge for row in rows],
         "score": [row.score for row in rows],
@@ -122,7 +121,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     }
     filled = {heading: cells for heading, cells in columns.items() if any(cells)}
     for heading in filled:
-        table.add_column(heading, overflow="fold", no_wrap=heading != CHANGED)
+        table.add_column(heading, overflow="fold")
     for line in zip(*filled.values(), strict=True):
         table.add_row(*map(Text, line))  # names are no markup
     return table

@@ -42,8 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     spec = specs[args.stage]
     started = time.monotonic()
-    if spec.name in os.environ.get("RLHF_HALF_THE_CORES", "").split():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     tune_process()
     try:
         params = load_params(Path("params.yaml"))

@@ -117,7 +117,7 @@ def test_the_working_tree_as_it_is_and_untouched(home: Path) -> None:
             Path("data/made").mkdir(exist_ok=True)
             with contextlib.chdir(home), pytest.raises(UserError, match="in use by another process"), quick_folder():
                 pass
-    assert not {"RLHF_EXPERIMENT", "RLHF_SENDS", "RLHF_HALF_THE_CORES"} & set(os.environ)
+    assert not {"RLHF_EXPERIMENT", "RLHF_SENDS"} & set(os.environ)
     assert (home / "params.yaml").read_bytes() == before
     assert not (home / "data/made").exists()
     assert (home / FOLDER / "data/made").exists(), "the next quick run goes on from there"
