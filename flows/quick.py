@@ -75,7 +75,7 @@ def link_working_tree(home: Path, folder: Path) -> None:
 
 def reduced(params: Params) -> dict[str, Any]:
     """The parameters that a quick run changes: {"sft.epochs": 1}. Sizes become smaller, and never larger: what fits
-    the data of the long run fits here. What `prepare` reads stays, for the long run takes its result over.
+    the data of the long run fits here. What `prepare` makes stays the same: of the sizes it checks only that they fit.
 
     Of few prompts a hash may hold out none: shares become larger.
     """

@@ -24,7 +24,7 @@ from flows.report import METRICS, REGISTERED, SAMPLES, Report, Row, evaluation, 
 from flows.rlhf import main, needed, rlhf
 from tasks.datasets import write_json
 from tasks.lineage import load_stages
-from tests.flows.toy import ROOT, Toy, ask, wait_until
+from tests.flows.toy import ROOT, Toy, a_verdict, ask, wait_until
 
 
 def run(targets: list[str] | None = None) -> tuple[State[Report], dict[str, Row]]:
@@ -138,12 +138,8 @@ def lying_there(root: Path, headline: str) -> None:
     write_json(root / SAMPLES.parent / "unused.json", {})
     answers = dict.fromkeys(("base", "sft", "policy"), "an old answer")
     (root / SAMPLES).write_text(json.dumps({"prompt": "p", **answers}) + "\n")
-    verdict = {
-        **{"headline": headline, "facts": [{"name": "Champion now", "text": "none"}]},
-        **{"next": [{"command": 'make promote VERSION=policy/2 REASON="..."', "what": "make it the champion"}]},
-        **{"policy": "policy/2", "outcome": "refused: kl", "champion": "", "rival": "", "nothing_gained": False},
-        **{"kept_update": 6, "updates": 8, "gates_failed": ["kl"], "gates_open": []},
-    }
+    following = [{"command": 'make promote VERSION=policy/2 REASON="..."', "what": "make it the champion"}]
+    verdict = a_verdict(headline=headline, next=following)
     write_json(root / REGISTERED, {"verdict": verdict})
 
 

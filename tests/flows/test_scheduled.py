@@ -24,7 +24,7 @@ from flows.scheduled import points
 from flows.server import free_port
 from tasks.lineage import hash_path
 from tasks.stage import UserError
-from tests.flows.toy import Toy, ask, wait_until
+from tests.flows.toy import Toy, a_verdict, ask, wait_until
 from tests.tiny import shell, small_disk
 
 # their states hold a state's data: too much for Prefect's types
@@ -57,8 +57,7 @@ def repo(in_toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
 
 
 def champion(root: Path, what: str) -> None:
-    facts = [{"name": "PPO kept", "text": "update 6 of 8"}, {"name": "Champion now", "text": "none"}]
-    told = {"champion": what, "policy": {"version": "3"}, "verdict": {"facts": facts}}
+    told = {"champion": what, "policy": {"version": "3"}, "verdict": a_verdict(policy="policy/3", outcome=what)}
     (root / "register.py").write_text(
         "from pathlib import Path\nfile = Path('data/reports/registered.json')\n"
         f"file.parent.mkdir(parents=True, exist_ok=True)\nfile.write_text({json.dumps(told)!r})\n"

@@ -182,3 +182,14 @@ def wait_until(holds: Callable[[], bool], seconds: float = PATIENCE) -> bool:
             return True
         time.sleep(0.1)
     return holds()
+
+
+def a_verdict(**more: Any) -> dict[str, Any]:
+    """As `register` writes it into registered.json, of a policy that missed one gate."""
+    facts = [{"name": "PPO kept", "text": "update 6 of 8"}, {"name": "Champion now", "text": "none"}]
+    return {
+        **{"headline": "policy/2 is refused", "facts": facts, "next": []},
+        **{"policy": "policy/2", "outcome": "refused: kl", "champion": "", "rival": "", "nothing_gained": False},
+        **{"kept_update": 6, "updates": 8, "gates_failed": ["kl"], "gates_open": []},
+        **more,
+    }

@@ -171,9 +171,9 @@ def test_a_changed_ppo_parameter_runs_ppo_and_what_follows_and_comes_back_from_t
 def test_a_quick_run_takes_over_what_is_the_same_and_keeps_apart_what_is_not(by_dvc: Path) -> None:
     before = {name: (by_dvc / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
     said = command(by_dvc, "flows.rlhf", "--quick", "demonstrate")
-    statuses = {stage: re.search(rf"│ {stage} +│ (\w+)", said) for stage in ("base", "prepare", "demonstrate")}
+    statuses = {stage: re.search(rf"│ {stage} +│ (\w+)", said) for stage in ("base", "tickets", "demonstrate")}
     assert {stage: found and found[1] for stage, found in statuses.items()} == {
-        **{"base": "cached", "prepare": "cached"},
+        **{"base": "cached", "tickets": "cached"},
         "demonstrate": "ran",
     }
     assert "the figures and answers" in said
