@@ -404,8 +404,8 @@ def _explain(problem: Any) -> str:
 
 
 def _as_it_is(value: Any) -> str:
-    """A wrong value, and how it may have been meant; of a whole section nothing."""
-    if len(repr(value)) > 100:
+    """A wrong value, and how it may have been meant; of a whole section or an address nothing."""
+    if len(repr(value)) > 100 or "://" in str(value):  # an address may hold a password
         return ""
     hint = ""
     if isinstance(value, str):

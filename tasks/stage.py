@@ -10,9 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
 if TYPE_CHECKING:
     from tasks.checkpoints import Checkpoints
     from tasks.lineage import StageSpec
@@ -160,6 +157,9 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(text: str, name: str) -> Any:
     """What a YAML file called `name` holds; UserError says in which line it holds something else."""
+    from ruamel.yaml import YAML  # the trainer alone needs none of it
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
     for number, line in enumerate(text.splitlines(), start=1):
         if line.startswith(("<<<<<<< ", ">>>>>>> ")):
             raise MergeConflictError(

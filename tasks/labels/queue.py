@@ -122,7 +122,10 @@ def origin(job: Job, params: Params, specs: dict[str, StageSpec], root: Path) ->
         if (name := pending.pop()) not in before:
             before.add(name)
             pending += parents[name]
-    keys = {key for name in before for key in specs[name].params} | {f"{job}.{key}" for key in OWN_KEYS[job]}
+    # `prepare` only looks whether the sizes of later stages fit
+    later = specs.keys() - before
+    asked = {key for name in before for key in specs[name].params if key.partition(".")[0] not in later}
+    keys = asked | {f"{job}.{key}" for key in OWN_KEYS[job]}
     made = {out for spec in specs.values() for out in spec.outs}
     read = {dep for name in (*before, job) for dep in specs[name].data_deps}
     raw = {

@@ -122,7 +122,9 @@ def show(stage: Stage) -> None:
     """What `prepare` would take and drop. The tables of the files go to a temporary folder."""
     params, model = stage.params, stage.root / "data/models/base"
     if not model.exists():
-        raise UserError("data/models/base is missing, whose tokenizer measures the texts: run `dvc repro base`.")
+        raise UserError(
+            "data/models/base is missing, whose tokenizer measures the texts: run `make run STAGES=base`, once."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         seen = examine(params, model, stage.root, Path(scratch))
         told(findings(seen, params, model))

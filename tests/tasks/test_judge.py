@@ -297,7 +297,7 @@ def test_a_judge_that_agrees_is_used(server: Server, tmp_path: Path, capsys: pyt
     assert (same.kind, same.first, same.second, same.verdict) == ("sft", "sorry", "sorry", "tie")
     before, values = (event["values"] for event in events if event["kind"] == "metrics")
     assert before["judge/agreement_low"] == values["judge/agreement_low"] == 1
-    assert values["judge/versus.sft.win_rate"] == sft["win_rate"]
+    assert values["judge/versus.sft.win_rate"] == pytest.approx(sft["win_rate"])
     (table,) = [event["rows"] for event in events if event["kind"] == "table"]
     assert [row["kind"] for row in table] == ["labelled"] * 20 + ["sft"] * 5 + ["base"] * 5
     assert {"kind": "tags", "tags": {"judge.prompt_version": PROMPT_VERSION}} in events

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -493,7 +494,7 @@ def test_a_file_of_another_ending_is_read_as_such(own: Repository) -> None:
     own.run()
     (own.root / "data/raw/own.json").rename(own.root / "data/raw/own.jsonl")
     own.sources[1]["path"] = "data/raw/own.jsonl"
-    with pytest.raises(UserError, match="can be taken"):
+    with pytest.raises(UserError, match="rows of own cannot be taken"):
         own.run()
 
 
@@ -528,6 +529,7 @@ def test_dry_run_as_a_command(own: Repository) -> None:
     (own.root / "params.yaml").write_text(json.dumps(raw))
     (own.root / "dvc.yaml").symlink_to(ROOT / "dvc.yaml")
     (own.root / "tasks").symlink_to(ROOT / "tasks")
+    shutil.copytree(ROOT / "data/labels", own.root / "data/labels")
     before = snapshot(own.root)
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "tasks.run", "prepare", "--dry-run"]
