@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CHROMIUM = Path("/usr/bin/chromium")  # Debian's; playwright's own would have to be downloaded
-LONGEST_ID = 24  # characters of one value
+LONGEST_ID = 18  # characters of one value
 # folders and files
 LONGEST_FIRST = ("pipeline", "flows", "test_judge", "ppo", "test_selection", "test_sft", "test_reward", "test_tracking")
 
