@@ -81,7 +81,7 @@ def _bring_up_to_date(spec: StageSpec, pool: Pool, ids: dict[str, str]) -> State
         return _cached(0.0)
     logger = get_run_logger()
     limit = 60 * float(spec.meta.get("timeout_minutes", math.inf))
-    with pool.room_for(spec.name, float(spec.meta.get("memory_gb", 0)), logger.info):
+    with pool.room_for(spec.name, float(spec.meta.get("memory_gb", 0)), spec.meta.get("cores") == "all", logger.info):
         started = time.monotonic()
         ids = ids | {"RLHF_TASK_RUN_ID": str(this_task_run.get_id() or "")}
         code, lines = _run_dvc(spec, pool, ids, started + limit)
@@ -163,7 +163,10 @@ def _run_dvc(spec: StageSpec, pool: Pool, ids: dict[str, str], until: float) -> 
 
 
 class Pool:
-    """The DVC processes of one flow: as many at once as fit into memory, and none left when the flow ends."""
+    """The DVC processes of one flow: as many at once as fit, and none left when the flow ends.
+
+    Two stages that calculate on all cores never run at once: threads of torch that wait for each other's cores made both
+    take twice as long as one after the other (baseline and ppo on two cores: 107 s together, 52 s in turn)."""
 
     def __init__(self, pull: bool = False, unchanged: frozenset[str] = frozenset()) -> None:
         self.pull = pull  # data may be missing here, and are in DVC's cache or remote
@@ -171,6 +174,7 @@ class Pool:
         self.stopped = False
         self._changed = threading.Condition()
         self._running: dict[str, float] = {}  # stage -> GB that it may take
+        self._has_cores = ""  # the stage that has all cores
         self._capacity = 0.0
         self._processes: set[subprocess.Popen[bytes]] = set()
 
@@ -187,24 +191,32 @@ class Pool:
             self._changed.notify_all()
 
     @contextmanager
-    def room_for(self, stage: str, gigabytes: float, say: Any) -> Iterator[None]:
+    def room_for(self, stage: str, gigabytes: float, all_cores: bool, say: Any) -> Iterator[None]:
         """Wait until the stage fits beside those that run. Alone it may always start."""
         with self._changed:
-            if not self._fits(gigabytes):
-                say(f"waits for memory: needs {gigabytes:g} GB beside " + ", ".join(self._running))
-            self._changed.wait_for(lambda: self.stopped or self._fits(gigabytes))
+            if lacks := self._lacks(gigabytes, all_cores):
+                say(f"waits for {lacks}")
+            self._changed.wait_for(lambda: self.stopped or not self._lacks(gigabytes, all_cores))
             if not self._running:
                 self._capacity = available_gigabytes()
             self._running[stage] = gigabytes
+            if all_cores:
+                self._has_cores = stage
         try:
             yield
         finally:
             with self._changed:
                 del self._running[stage]
+                if all_cores:
+                    self._has_cores = ""
                 self._changed.notify_all()
 
-    def _fits(self, gigabytes: float) -> bool:
-        return not self._running or sum(self._running.values()) + gigabytes <= self._capacity
+    def _lacks(self, gigabytes: float, all_cores: bool) -> str:
+        if self._running and sum(self._running.values()) + gigabytes > self._capacity:
+            return f"memory: needs {gigabytes:g} GB beside {', '.join(self._running)}"
+        if all_cores and self._has_cores:
+            return f"the cores, which {self._has_cores} calculates on"
+        return ""
 
     @contextmanager
     def start(self, command: list[str], ids: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:

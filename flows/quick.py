@@ -81,14 +81,14 @@ def reduced(params: Params) -> dict[str, Any]:
     """
     ppo, rank = params.ppo, params.rank
     samples = min(ppo.samples_per_prompt, 2)
-    minibatch = _multiple(samples, ppo.minibatch_size, 8)
+    minibatch = _multiple(samples, ppo.minibatch_size, 4)
     return {
         "demonstrate.prompts": min(params.demonstrate.prompts, 16),
         "demonstrate.human.fill_in": True,  # nobody is waited for
         "sft.trainable_layers": _layers(params.sft.trainable_layers),
         "sft.epochs": 1,
         "sft.validation_share": max(params.sft.validation_share, 0.3),
-        "sample.prompts": min(params.sample.prompts, 12),
+        "sample.prompts": min(params.sample.prompts, 8),
         "sample.responses_per_prompt": min(params.sample.responses_per_prompt, 2),
         "rank.human.fill_in": True,
         "rank.held_out_share": max(rank.held_out_share, 0.4) if rank.held_out_share else 0.0,
@@ -97,17 +97,17 @@ def reduced(params: Params) -> dict[str, Any]:
         "reward.centre_on": min(params.reward.centre_on, 8),
         "ppo.trainable_layers": _layers(ppo.trainable_layers),
         "ppo.updates": 1,
-        "ppo.batch_size": _multiple(minibatch, ppo.batch_size, 8),
+        "ppo.batch_size": _multiple(minibatch, ppo.batch_size, 4),
         "ppo.samples_per_prompt": samples,
         "ppo.minibatch_size": minibatch,
-        "ppo.micro_batch_size": _multiple(samples, ppo.micro_batch_size, 8),
+        "ppo.micro_batch_size": _multiple(samples, ppo.micro_batch_size, 4),
         "ppo.epochs": 1,
         "ppo.value_warmup_epochs": min(ppo.value_warmup_epochs, 1),
-        "ppo.eval_prompts": min(ppo.eval_prompts, 4),
+        "ppo.eval_prompts": min(ppo.eval_prompts, 2),
         "ppo.ptx_examples_per_episode": min(ppo.ptx_examples_per_episode, 1),
-        "baseline.prompts": min(params.baseline.prompts, 6),
+        "baseline.prompts": min(params.baseline.prompts, 4),
         "baseline.best_of": min(params.baseline.best_of, 2),
-        "baseline.best_of_prompts": min(params.baseline.best_of_prompts, 2),
+        "baseline.best_of_prompts": min(params.baseline.best_of_prompts, 1),
         "evaluate.bootstrap_samples": min(params.evaluate.bootstrap_samples, 200),
         "judge.agreement_pairs": min(params.judge.agreement_pairs, 20),
         "judge.pairs": min(params.judge.pairs, 4),

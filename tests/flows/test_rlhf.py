@@ -99,16 +99,18 @@ def test_retries_are_set_by_stage(in_toy: Toy) -> None:
     assert state.is_failed()
 
 
-@pytest.mark.parametrize("free", [10.0, 5.0])
-def test_side_by_side_where_memory_allows(in_toy: Toy, free: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_toy.write(left="memory_gb: 4", right="memory_gb: 4")
+@pytest.mark.parametrize(("free", "right"), [(10.0, ""), (5.0, ""), (10.0, ", cores: all")], ids=["both", "memory", "cores"])
+def test_side_by_side_where_memory_and_cores_allow(
+    in_toy: Toy, free: float, right: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_toy.write(left="memory_gb: 4, cores: all", right="memory_gb: 4" + right)
     monkeypatch.setattr(dvc_stage, "available_gigabytes", lambda: free)
     monkeypatch.setenv("TOY_SECONDS_left", "4")
     monkeypatch.setenv("TOY_SECONDS_right", "4")
     assert run()[0].is_completed()
     spans = [[when for _, when in in_toy.times(stage)] for stage in ("left", "right")]
     overlap = min(end for _, end in spans) - max(start for start, _ in spans)
-    assert (overlap > 0) == (free == 10.0)
+    assert (overlap > 0) == (free == 10.0 and not right)
 
 
 def test_only_what_the_named_stages_need(in_toy: Toy) -> None:
