@@ -20,6 +20,8 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do \
 		printf '  make %-11s %s\n' "$$name" "$$text"; done
 
+environment:  ## set up .venv where it is missing, and nothing else
+
 run: environment .git  ## set up .venv where it is missing, and run what is out of date; QUICK=1: a trial in minutes, apart from it
 	@$(IN_VENV) exec $(BIN)/python -m flows.rlhf --waits-ok $(if $(QUICK),--quick) $(STAGES)
 
@@ -46,13 +48,13 @@ serve: environment .git  ## the same with a worker that runs the deployments of 
 stack-local: environment/dev .git  ## the stack of docker/ without Docker: PostgreSQL, S3, MLflow, Prefect, a worker
 	@$(IN_VENV) exec $(BIN)/python -m flows.stack local
 
-promote: environment  ## VERSION=policy/3 REASON="...": make it the champion
+promote: needs/VERSION needs/REASON environment  ## VERSION=policy/3 REASON="...": make it the champion
 	@$(IN_VENV) exec $(BIN)/python -m tasks.registry promote "$(VERSION)" --reason "$(REASON)"
 
-rollback: environment  ## REASON="...": back to the champion before
+rollback: needs/REASON environment  ## REASON="...": back to the champion before
 	@$(IN_VENV) exec $(BIN)/python -m tasks.registry rollback --reason "$(REASON)"
 
-replay: environment  ## VERSION=policy/3 [ONLY=ppo]: make it again, and compare to the bit
+replay: needs/VERSION environment  ## VERSION=policy/3 [ONLY=ppo]: make it again, and compare to the bit
 	@$(IN_VENV) exec $(BIN)/python -m flows.replay "$(VERSION)" $(if $(ONLY),--only $(ONLY))
 
 runs: environment  ## N=20: what each run changed, and what came of it
@@ -103,6 +105,9 @@ environment environment/pages environment/dev:
 	for python in $$pythons; do works "$$python" && set_up "$$python"; done; \
 	echo 'error: no Python 3.11 to 3.14 is here: install one (apt install python3 python3-venv, or brew install python@3.13), or' \
 		'uv, which brings one, or name one: make PYTHON=/path/to/python3' >&2; exit 1
+
+needs/%:
+	@test -n "$($*)" || { echo 'error: $* is missing: `make` alone shows what this target takes' >&2; exit 1; }
 
 # DVC needs a repository; an unpacked archive has none
 .git:

@@ -40,7 +40,7 @@ LOCK_WAIT_SECONDS = 600.0
 LOCK_POLL_SECONDS = 5.0
 ERROR_LINES = 15
 WAITS = "WaitsForLabels"  # the name of a state: people must label something before a stage can go on
-BAR_COLUMNS = "66"  # a progress bar, its time left included, beside the stage's name on 80 columns
+STAGE_COLUMNS = 14  # of the terminal, before a progress bar
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def _run_dvc(spec: StageSpec, pool: Pool, ids: dict[str, str], until: float) -> 
 class Pool:
     """The DVC processes of one flow: as many at once as fit, and none left when the flow ends.
 
-    Two stages that calculate on all cores never run at once: threads of torch that wait for each other's cores made both
-    take twice as long as one after the other (baseline and ppo on two cores: 107 s together, 52 s in turn)."""
+    Two stages that calculate on all cores never run at once: torch's threads wait for each other's cores. On two cores
+    baseline and ppo of a quick run took 107 s together, and 52 s in turn."""
 
     def __init__(self, pull: bool = False, unchanged: frozenset[str] = frozenset()) -> None:
         self.pull = pull  # data may be missing here, and are in DVC's cache or remote
@@ -222,7 +222,7 @@ class Pool:
     def start(self, command: list[str], ids: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
         """The command on its leash, with the flow's environment first in PATH and its output in one pipe."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        environment = os.environ | ids | {"PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_NCOLS": BAR_COLUMNS}
+        environment = os.environ | ids | {"PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_NCOLS": bar_columns()}
         with self._changed:
             process = subprocess.Popen(
                 leashed(["true"] if self.stopped else command, spare=True),
@@ -258,6 +258,12 @@ def ended_at(process: subprocess.Popen[bytes], moment: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def bar_columns() -> str:
+    """Of a stage's progress bar: it stands beside the stage's name on the terminal, or in a log."""
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns if sys.stderr.isatty() else 120
+    return str(max(66, columns - STAGE_COLUMNS))
 
 
 def available_gigabytes() -> float:

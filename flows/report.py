@@ -16,6 +16,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.runtime import flow_run
 from prefect.utilities.urls import url_for
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +33,6 @@ METRICS = SAMPLES.parent / "metrics.json"
 REGISTERED = Path("data/reports/registered.json")
 LABELS = {stage: Path(f"data/reports/{stage}/metrics.json") for stage in ("demonstrate", "rank")}
 SHOWN = 5  # prompts in the Markdown report
-WIDE = 140  # columns from which a whole address fits into the table
 COLOURS = {"ran": "green", "cached": "blue", "failed": "bold red", "waits": "bold yellow", "not run": "dim"}
 TOLD = {"failed": "failed", "waits": "waits for people"}
 
@@ -217,8 +217,9 @@ def quoted(text: str) -> str:
 
 def print_report(report: Report, console: Console, stale: Sequence[str] = (), *, quick: bool = False) -> None:
     """stale: the stages that were not asked for and are out of date. quick: a run whose figures mean nothing."""
-    wide = console.width >= WIDE
-    console.print(_table(report, wide))
+    table = _table(report, wide=True)
+    wide = Measurement.get(console, console.options, table).maximum <= console.width
+    console.print(table if wide else _table(report, wide=False))
     if not wide:
         for row in report:
             if row.url:

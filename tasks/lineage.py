@@ -109,9 +109,9 @@ def read_lock(root: Path = Path()) -> dict[str, Any]:
 
 def run_name(root: Path = Path()) -> str:
     """What a person knows a run by: the parameters that are not as in the last run, `kl_coef 0.02 → 0.1`; where all
-    are, the subject of the commit."""
+    are, the subject of the commit, and the files that are not as in it."""
     named = describe_changes(changed_params(root), NAMED)
-    return named or _commit_subject(root) or f"run of {datetime.now():%Y-%m-%d %H:%M}"
+    return named or ", ".join(_commit_subject(root)) or f"run of {datetime.now():%Y-%m-%d %H:%M}"
 
 
 def changed_params(root: Path = Path()) -> dict[str, tuple[Any, Any]]:
@@ -208,12 +208,17 @@ def git_state(root: Path = Path()) -> tuple[str, bool]:
         return "none", True
 
 
-def _commit_subject(root: Path = Path()) -> str:
-    """The first line of the commit's message; "" where there is no commit yet."""
+def _commit_subject(root: Path = Path()) -> list[str]:
+    """The first line of the commit's message, and `uncommitted: tasks/sft.py, +2` of what a run does not write; empty
+    where there is no commit yet."""
+    written = ("params.yaml", "dvc.lock", "data/reports")  # params.yaml: what is run with another value is named by it
     try:
-        return _git(root, "log", "-1", "--format=%s")
+        subject = _git(root, "log", "-1", "--format=%s")
+        files = _git(root, "diff", "--name-only", "--relative", "HEAD", "--", ".", *(f":!{path}" for path in written))
     except (subprocess.CalledProcessError, FileNotFoundError):
-        return ""
+        return []
+    first, *more = files.splitlines() or [""]
+    return [subject, *([f"uncommitted: {first}"] if first else []), *([f"+{len(more)}"] if more else [])]
 
 
 def _git(root: Path, *args: str) -> str:

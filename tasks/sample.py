@@ -42,12 +42,9 @@ def run(stage: Stage) -> None:
         samples, dropped = sample_responses(load_language_model(folder), load_tokenizer(folder), prompts, stage.params)
     write_rows(stage.out("data/collected/samples") / "samples.jsonl", samples)
     ended = [flag for row in samples for flag in row.ended]
-    figures = {
-        "prompts": len(samples),
-        "responses": len(ended),
-        "duplicates_dropped": dropped,
-        "ended_share": sum(ended) / max(1, len(ended)),
-    }
+    figures: dict[str, float] = {"prompts": len(samples), "responses": len(ended), "duplicates_dropped": dropped}
+    if ended:
+        figures["ended_share"] = sum(ended) / len(ended)
     stage.tracker.metrics({f"sample/{name}": value for name, value in figures.items()})
     stage.tracker.table(
         "samples", [{"prompt": text_of(row.prompt), "response": row.responses[0]} for row in samples[:20]]

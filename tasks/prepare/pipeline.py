@@ -598,10 +598,16 @@ def failed_checks(seen: Examined, params: Params) -> list[str]:
     labelled = examples[examples["kind"] != "prompts"]
     leaking = int((labelled["dropped"] == "leak").sum())
     if leaking > params.prepare.duplicate_limit * len(labelled):
+        kinds = labelled.groupby("id")["kind"].nunique()
+        advice = (
+            "no prompt is trained on in two of them: give demonstrations and rankings prompts of their own"
+            if (kinds > 1).sum() > len(kinds) / 2
+            else "a prompt is in one of them alone: give sources that share prompts the same `splits`, and leave out "
+            "users where several of them have the same prompts"
+        )
         failed.append(
             f"{leaking} of {len(labelled)} demonstrations and rankings are dropped, for others of the same prompts are "
-            "in another split: give sources that share prompts the same `splits`, and leave out users where several "
-            "of them have the same prompts"
+            f"in another split, and {advice}"
         )
     prompts = examples[examples["split"].notna()].drop_duplicates("id")
     alone = prompts["prefix"].where(prompts["prefix"] != 0, prompts["id"])

@@ -262,7 +262,7 @@ def elements(stream: io.BufferedReader, path: Path) -> Iterator[bytes]:
             if not more:
                 raise UserError(
                     f"{path}, row {number}: the JSON array is cut off or torn here, or the row is longer than "
-                    f"{LONGEST_ROW} characters ({error.msg}). Fetch or write the file again."
+                    f"{LONGEST_ROW} characters ({error.msg}). Mend it, or fetch or write the file again."
                 ) from None
             text, at = text[at:] + decode(more), 0
             continue

@@ -99,7 +99,9 @@ def test_retries_are_set_by_stage(in_toy: Toy) -> None:
     assert state.is_failed()
 
 
-@pytest.mark.parametrize(("free", "right"), [(10.0, ""), (5.0, ""), (10.0, ", cores: all")], ids=["both", "memory", "cores"])
+@pytest.mark.parametrize(
+    ("free", "right"), [(10.0, ""), (5.0, ""), (10.0, ", cores: all")], ids=["both", "memory", "cores"]
+)
 def test_side_by_side_where_memory_and_cores_allow(
     in_toy: Toy, free: float, right: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,22 @@ def test_a_run_is_named_by_what_it_changed(tmp_path: Path, params: str, name: st
     assert run_name(repo) == name
 
 
+def test_a_run_of_files_that_are_not_committed_names_them(tmp_path: Path) -> None:
+    repo = tiny_repo(tmp_path / "repo")
+    for file in ("code.py", "more.py", "data/reports/metrics.json", "dvc.lock"):
+        (repo / file).parent.mkdir(parents=True, exist_ok=True)
+        (repo / file).write_text("")
+    shell(repo, "git", "add", "--force", ".")
+    shell(repo, "git", "commit", "--quiet", "--message", "Two files")
+    for file in ("data/reports/metrics.json", "dvc.lock"):
+        (repo / file).write_text("{}")
+    assert run_name(repo) == "Two files", "what a run writes is no change of it"
+    (repo / "code.py").write_text("1")
+    assert run_name(repo) == "Two files, uncommitted: code.py"
+    (repo / "more.py").unlink()
+    assert run_name(repo) == "Two files, uncommitted: code.py, +1"
+
+
 def test_a_change_is_one_until_every_stage_has_seen_it(tmp_path: Path) -> None:
     """A run that broke off after ppo and is started again is the same run to people."""
     (tmp_path / "dvc.lock").write_text(LOCK.replace("kl_coef: 0.02", "kl_coef: 0.1", 1))

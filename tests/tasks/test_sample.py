@@ -149,7 +149,7 @@ def test_nothing_is_sampled_where_rankings_are_recorded(
     run_stage(tmp_path, folder, params)
     assert (tmp_path / "data/collected/samples/samples.jsonl").read_bytes() == b""
     figures = read_figures((tmp_path / "data/reports/sample/metrics.json").read_text(encoding="utf-8"))["sample"]
-    assert figures == {"prompts": 0, "responses": 0, "duplicates_dropped": 0, "ended_share": 0}
+    assert figures == {"prompts": 0, "responses": 0, "duplicates_dropped": 0}
     assert "nothing is sampled, for rank.labeler is `recorded`" in capsys.readouterr().out
 
 
