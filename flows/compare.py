@@ -8,7 +8,6 @@ is more than chance, and the answers that differ most.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from rich.text import Text
 
 from flows.workspace import git
 from tasks.ancestry import Store
-from tasks.datasets import SideBySide, flat, read_figures, read_rows
+from tasks.datasets import SideBySide, flat, read_figures, read_rows, rounded
 from tasks.stage import UserError, parse_yaml
 from tasks.tracking import OWN, connect, masked, tracking_uri
 
@@ -263,7 +262,7 @@ def figures_table(one: Side, other: Side) -> Table | str:
     names = sorted(
         name
         for name in shared - bounds_of_others
-        if not math.isclose(one.figures[name], other.figures[name], rel_tol=1e-6, abs_tol=1e-9)
+        if rounded(one.figures[name]) != rounded(other.figures[name])  # MLflow has them rounded
     )
     if not names:
         return f"The {len(shared)} figures that both have are the same."

@@ -9,12 +9,13 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import dvc_stage
 from flows.dvc_stage import Pool, is_dvc_chatter, split_output, stage_started, told_by, unchanged
 from flows.leftovers import mend_leftovers
-from tests.flows.toy import Toy
+from tests.flows.toy import Toy, wait_until
 from tests.tiny import shell
 
 
@@ -81,14 +82,19 @@ def test_chatter_is_dropped_and_the_start_of_the_stage_seen() -> None:
     assert not stage_started("sft", ["Stage 'sft' is cached - skipping run, checking out outputs"])
 
 
-@pytest.mark.parametrize(("free", "side_by_side"), [(5.0, 1), (6.0, 2), (9.0, 3), (1.0, 1)])
-def test_no_more_stages_at_once_than_fit(free: float, side_by_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("free", "all_cores", "side_by_side"),
+    [(5.0, "", 1), (6.0, "", 2), (9.0, "", 3), (1.0, "", 1), (9.0, "a", 3), (9.0, "ab", 2), (9.0, "abc", 1)],
+)
+def test_no_more_stages_at_once_than_fit(
+    free: float, all_cores: str, side_by_side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dvc_stage, "available_gigabytes", lambda: free)
     most, now, guard = 0, 0, threading.Lock()
 
     def stage(pool: Pool, name: str) -> None:
         nonlocal most, now
-        with pool.room_for(name, 3.0, lambda _: None):
+        with pool.room_for(name, 3.0, name in all_cores, lambda _: None):
             with guard:
                 now += 1
                 most = max(most, now)
@@ -108,8 +114,8 @@ def test_no_more_stages_at_once_than_fit(free: float, side_by_side: int, monkeyp
 def test_a_stopped_pool_lets_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dvc_stage, "available_gigabytes", lambda: 1.0)
     pool = Pool()
-    with pool.room_for("first", 1.0, print):
-        waiting = threading.Thread(target=lambda: pool.room_for("second", 1.0, print).__enter__())
+    with pool.room_for("first", 1.0, False, print):
+        waiting = threading.Thread(target=lambda: pool.room_for("second", 1.0, False, print).__enter__())
         waiting.start()
         with pool:
             pass
@@ -139,6 +145,7 @@ def test_a_busy_list_of_the_dead_is_removed_and_of_the_living_kept(tmp_path: Pat
         mend_leftovers(tmp_path)
         assert not busy.exists()
     with subprocess.Popen(["sleep", "60"], executable=_sleeping_dvc(tmp_path)) as living:
+        wait_until(lambda: psutil.Process(living.pid).cmdline(), 30)  # empty for a moment after the process has begun
         busy.write_text(json.dumps({"read": {"a": [{"pid": living.pid, "cmd": "dvc repro"}]}}))
         mend_leftovers(tmp_path)
         assert busy.exists()

@@ -22,7 +22,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.server import free_port
+from flows.stack import postgres_tools
 from tasks.lineage import load_stages
+from tasks.stage import UserError
 from tests.flows.toy import ask, wait_until
 from tests.pipeline.test_end_to_end import lock_of
 from tests.tiny import shell
@@ -43,7 +45,16 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def repo(make_repo: Any) -> Path:
+def postgresql() -> None:
+    """Installed where this is root's machine; who is not root may be without it."""
+    try:
+        postgres_tools()
+    except UserError as lacking:
+        pytest.skip(str(lacking))
+
+
+@pytest.fixture(scope="module")
+def repo(postgresql: None, make_repo: Any) -> Path:
     """The tiny repository with a commit and the DVC remote on S3; its nightly run is due in half a minute, once."""
     folder: Path = make_repo("stack")
     for name in ("prefect.yaml", "Makefile"):
