@@ -145,7 +145,9 @@ def test_a_busy_list_of_the_dead_is_removed_and_of_the_living_kept(tmp_path: Pat
         mend_leftovers(tmp_path)
         assert not busy.exists()
     with subprocess.Popen(["sleep", "60"], executable=_sleeping_dvc(tmp_path)) as living:
-        wait_until(lambda: psutil.Process(living.pid).cmdline(), 30)  # empty for a moment after the process has begun
+        wait_until(
+            lambda: bool(psutil.Process(living.pid).cmdline()), 30
+        )  # empty for a moment after the process has begun
         busy.write_text(json.dumps({"read": {"a": [{"pid": living.pid, "cmd": "dvc repro"}]}}))
         mend_leftovers(tmp_path)
         assert busy.exists()
